@@ -1,0 +1,1 @@
+"""Vocabulary shared by every layer: records, configuration, errors, and the domains that ship."""

@@ -1,0 +1,97 @@
+"""A domain on disk: a folder with ``domain.toml`` and ``prompts/``; a path works wherever a name does."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+from domains.config import DomainConfig, read_config
+from domains.errors import ConfigError
+
+SHIPPED = Path(__file__).parent
+PROMPTS = ("system", "teacher")
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A validated domain. ``prompts`` maps ``system`` and ``teacher`` to their texts."""
+
+    folder: Path
+    config: DomainConfig
+    prompts: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """The domain's short name, as in ``runs/<name>/``."""
+        return self.config.domain.name
+
+    @property
+    def documents(self) -> Path:
+        """The folder or file with the documents."""
+        return self._resolve(self.config.corpus.documents)
+
+    @property
+    def questions(self) -> Path | None:
+        """The questions' JSONL file, or None where the domain has none."""
+        return self._resolve(self.config.corpus.questions) if self.config.corpus.questions else None
+
+    def _resolve(self, value: str) -> Path:
+        return (self.folder / Path(value).expanduser()).resolve()
+
+
+def find_domain(name_or_path: str) -> Path:
+    """The folder of a domain: a path, a folder below ``./domains``, or one that ships.
+
+    Raises:
+        ConfigError: there is none; names the neighbours.
+    """
+    places = [Path(name_or_path).expanduser(), Path("domains") / name_or_path, SHIPPED / name_or_path]
+    for folder in places:
+        if (folder / "domain.toml").is_file():
+            return folder.resolve()
+    known = available_domains()
+    close = difflib.get_close_matches(name_or_path, known, n=1)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    raise ConfigError(
+        f"no domain {name_or_path!r}",
+        expected=f"{hint}a folder with a domain.toml, or one of: {', '.join(known) or 'none yet'}",
+        next_step="preceptor new NAME --docs DIR",
+    )
+
+
+def available_domains() -> list[str]:
+    """Names that `find_domain` knows from here."""
+    roots = {SHIPPED.resolve(), Path("domains").resolve()}
+    return sorted({path.parent.name for root in roots for path in root.glob("*/domain.toml")})
+
+
+def load_domain(name_or_path: str, *, profile: str | None = None) -> Domain:
+    """Read and validate a domain with its prompts.
+
+    Raises:
+        ConfigError: the folder, a key or a prompt is wrong.
+    """
+    folder = find_domain(name_or_path)
+    config = read_config(folder / "domain.toml", profile=profile)
+    return Domain(folder=folder, config=config, prompts=read_prompts(folder / "prompts"))
+
+
+def read_prompts(folder: Path) -> dict[str, str]:
+    """The prompts that every domain brings, stripped of outer white space.
+
+    Raises:
+        ConfigError: one is missing or empty.
+    """
+    prompts = {}
+    for name in PROMPTS:
+        path = folder / f"{name}.md"
+        text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+        if not text:
+            raise ConfigError(
+                f"prompt {str(path)!r} is missing or empty",
+                expected=f"the {name} prompt as text",
+                next_step=f"copy {SHIPPED / 'medical' / 'prompts' / f'{name}.md'} there and edit it",
+            )
+        prompts[name] = text
+    return prompts

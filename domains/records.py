@@ -1,0 +1,167 @@
+"""The nouns that cross a file or the wire. One noun, one definition."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+QuestionKind = Literal["open", "yes_no", "options", "unanswerable"]
+Split = Literal["seed", "exam"]
+Support = Literal["supported", "unsupported", "abstained"]
+
+
+class Record(BaseModel):
+    """Frozen, and an unknown key is an error: a typo in a file never passes unnoticed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Document(Record):
+    """One source document: plain text with ``## `` headings, and where it came from.
+
+    ``meta`` holds what the file says of itself (kind, date, status, supersedes, licence, …).
+    """
+
+    doc_id: str = Field(min_length=1)
+    title: str
+    text: str = Field(min_length=1)
+    source: str
+    meta: dict[str, str] = {}
+
+
+class Passage(Record):
+    """A piece of a document; ``text == document.text[start:end]`` (offsets in characters)."""
+
+    passage_id: str
+    doc_id: str
+    title: str
+    heading: str
+    text: str
+    start: int = Field(ge=0)
+    end: int = Field(gt=0)
+
+
+class Hit(Record):
+    """A retrieved passage with its fused score and its rank (from 1) in each list it was found by."""
+
+    passage: Passage
+    score: float
+    ranks: dict[str, int] = {}
+
+
+class Quote(Record):
+    """A literal piece of a document that decides an answer."""
+
+    doc_id: str
+    quote: str = Field(min_length=1)
+
+
+class Question(Record):
+    """One seed or exam question with its reference answer.
+
+    ``answer`` is free text for ``open``; ``yes``, ``no`` or ``maybe`` for ``yes_no``; the letter
+    for ``options``; None for ``unanswerable``. ``about`` is the document that decides the split.
+    """
+
+    id: str = Field(min_length=1)
+    kind: QuestionKind
+    question: str = Field(min_length=1)
+    answer: str | None
+    options: dict[str, str] | None = None
+    about: str
+    gold: list[Quote] = []
+    split: Split
+
+    @model_validator(mode="after")
+    def _answer_fits_kind(self) -> Self:
+        if self.kind == "unanswerable":
+            if self.answer is not None or self.gold:
+                raise ValueError("an unanswerable question has answer null and no gold quotes")
+        elif not self.answer:
+            raise ValueError(f"a question of kind {self.kind!r} needs an answer")
+        if self.kind == "yes_no" and self.answer not in {"yes", "no", "maybe"}:
+            raise ValueError(f"answer {self.answer!r} of a yes_no question: expected yes, no or maybe")
+        if (self.kind == "options") != (self.options is not None):
+            raise ValueError("options go with kind 'options', and only with it")
+        if self.options is not None and self.answer not in self.options:
+            raise ValueError(f"answer {self.answer!r} is none of the options {sorted(self.options)}")
+        return self
+
+
+class Message(Record):
+    """One turn of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Rationale(Record):
+    """What a teacher wrote for one question: KARD's labelling (arXiv 2305.18395 §3.1).
+
+    ``passages`` are the ids the teacher saw, in the order of their numbers [1], [2], …
+    ``request`` is the ledger key: the provenance of every training row.
+    """
+
+    question_id: str
+    sample: int = Field(ge=0)
+    text: str
+    answer: str
+    passages: list[str]
+    teacher: str
+    request: str
+
+
+class Example(Record):
+    """One training row: a prompt (chat messages) and the completion that is supervised."""
+
+    id: str
+    question_id: str
+    messages: list[Message]
+    completion: str = Field(min_length=1)
+    passages: list[str]
+    origin: Literal["gold", "retrieved", "irrelevant", "unanswerable"]
+    request: str
+
+
+class Rejection(Record):
+    """A row that curation did not keep, with the reason; nothing is dropped silently."""
+
+    question_id: str
+    sample: int
+    reason: str
+    detail: str
+    text: str
+
+
+class Citation(Record):
+    """A literal quote that an answer rests on. ``start``/``end`` are offsets into the document.
+
+    ``by`` says who chose it: the model quoted it itself, or it was found afterwards by overlap.
+    """
+
+    number: int
+    passage_id: str
+    doc_id: str
+    title: str
+    quote: str
+    start: int
+    end: int
+    by: Literal["model", "overlap"]
+
+
+class Answer(Record):
+    """What a user gets: the final text, what the model wrote, the evidence, and the verdict.
+
+    ``rejected_quotes`` are quotes of the model that stand in no passage.
+    """
+
+    question: str
+    text: str
+    raw: str
+    support: Support
+    citations: list[Citation]
+    rejected_quotes: list[str] = []
+    passages: list[Hit] = []
+    prompt_tokens: int = 0
+    completion_tokens: int = 0

@@ -1,0 +1,1 @@
+"""Making and examining a student. The only layer that imports torch."""

@@ -1,0 +1,1 @@
+"""Evidence: load, cut into passages, embed, index, retrieve, and render into prompts. Torch-free."""

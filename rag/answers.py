@@ -1,0 +1,84 @@
+"""The form of a student's completion, written and read in one place.
+
+"quote" [n]        zero or more literal quotes with the number of their passage
+rationale          optional, one or more sentences
+Answer: …          the answer, or the domain's abstention
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_QUOTE = re.compile(r"[\"“]([^\"“”\n]{8,600})[\"”]\s*[.,;]?\s*\[(\d{1,2})\]")
+_ANSWER = re.compile(r"(?:^|\n|(?<=[.\]] ))\s*\**Answer\**\s*:\**[ \t]*", re.IGNORECASE)
+_ABSTENTIONS = re.compile(
+    r"\bI (?:do not|don't|don’t|cannot|can't|can’t) (?:know|answer|say|determine|find)\b"
+    r"|\b(?:passages?|documents?|text|context|sources?|information)(?: provided| given)? "
+    r"(?:do(?:es)? not|doesn't|don't|did not) (?:say|state|mention|contain|provide|specify|answer|include|give)"
+    r"|\bis not (?:stated|mentioned|specified|provided|given) in\b"
+    r"|\bcannot be (?:determined|answered) from\b",
+    re.IGNORECASE,
+)
+_LETTER = re.compile(
+    r"^\W*(?:(?:option|the (?:correct |right |best )?(?:answer|option) is:?)\s+\(?([A-H])\b"
+    r"|\(?([A-H])(?=\s*(?:$|[.):,\n])))",
+    re.IGNORECASE,
+)
+_YES_NO = re.compile(r"^\W*(yes|no|maybe)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A completion taken apart. ``quotes`` are (text, passage number) as written, unchecked."""
+
+    rationale: str
+    quotes: tuple[tuple[str, int], ...]
+    answer: str
+    has_answer_line: bool
+
+
+def format_reply(*, quotes: list[tuple[str, int]], rationale: str, answer: str) -> str:
+    """The completion that training supervises; `parse_reply` is its inverse."""
+    lines = [f'"{text}" [{number}]' for text, number in quotes]
+    if rationale:
+        lines.append(rationale)
+    lines.append(f"Answer: {answer}")
+    return "\n".join(lines)
+
+
+def parse_reply(text: str) -> Reply:
+    """Take a completion apart. Without an ``Answer:`` line the whole text is the answer."""
+    quotes = tuple((match[1].strip(), int(match[2])) for match in _QUOTE.finditer(text))
+    marks = list(_ANSWER.finditer(text))
+    if not marks:
+        return Reply(rationale="", quotes=quotes, answer=text.strip(), has_answer_line=False)
+    last = marks[-1]
+    rationale = _QUOTE.sub("", text[: last.start()]).strip()
+    return Reply(rationale=rationale, quotes=quotes, answer=text[last.end() :].strip(), has_answer_line=True)
+
+
+def is_abstention(answer: str, *, abstain: str) -> bool:
+    """Whether ``answer`` says that it does not know: the domain's sentence, or words to that effect."""
+    plain = " ".join(answer.split()).strip(' ".').lower()
+    target = " ".join(abstain.split()).strip(' ".').lower()
+    return bool(plain) and (plain.startswith(target) or bool(_ABSTENTIONS.search(answer[:200])))
+
+
+def parse_option(answer: str, options: dict[str, str]) -> str | None:
+    """The option letter an answer names, or None where it names none (counted as wrong).
+
+    Reads a leading letter, else an answer that repeats exactly one option's text.
+    """
+    if match := _LETTER.match(answer):
+        letter = (match[1] or match[2]).upper()
+        return letter if letter in options else None
+    said = answer.lower()
+    named = [key for key, text in options.items() if text.lower().strip(" .") in said]
+    return named[0] if len(named) == 1 else None
+
+
+def parse_yes_no(answer: str) -> str | None:
+    """``yes``, ``no`` or ``maybe`` where the answer begins with it, else None (counted as wrong)."""
+    match = _YES_NO.match(answer)
+    return match[1].lower() if match else None

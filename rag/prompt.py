@@ -1,0 +1,117 @@
+"""The one renderer of student prompts: training, exam and serving all call it.
+
+Text from documents and users is untrusted: strings that a tokenizer would read as control tokens
+(``<|im_end|>``, ``<|eot_id|>`` …) are broken up before they enter a prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from domains.errors import ModelError
+from domains.records import Message, Passage, Question, QuestionKind
+
+# Llama 3's <|eot_id|>, SmolLM2's <|im_end|>, <file_sep> and <issue_start>, Llama 2's </s>, …
+_CONTROL = re.compile(r"<(/?\|?[A-Za-z0-9_]{1,64}\|?)>")
+_INSTRUCTION: dict[QuestionKind, str] = {
+    "open": "",
+    "yes_no": "Answer yes, no or maybe.",
+    "options": "Answer with the letter of the right option.",
+    "unanswerable": "",
+}
+
+
+def neutralise(text: str) -> str:
+    """``text`` with anything that looks like a control token taken apart (``< |im_end| >``)."""
+    return _CONTROL.sub(r"< \1 >", text)
+
+
+def render_question(question: Question) -> str:
+    """The question as a user would put it: the stem, its options if any, and the form of the answer."""
+    lines = [question.question]
+    lines += [f"{key}. {text}" for key, text in (question.options or {}).items()]
+    if instruction := _INSTRUCTION[question.kind]:
+        lines.append(instruction)
+    return "\n".join(lines)
+
+
+def student_messages(system: str, question: str, passages: Sequence[Passage]) -> list[Message]:
+    """The chat that the student sees. Passages are numbered from [1] in the order given.
+
+    Args:
+        system: the domain's system prompt (trusted).
+        question: the user's words, see `render_question` (untrusted).
+        passages: the evidence (untrusted); none for a closed-book question.
+    """
+    parts = []
+    if passages:
+        parts.append("Passages:")
+        parts += [
+            f"[{number}] {_label(passage)}\n{passage.text.strip()}"
+            for number, passage in enumerate(passages, 1)
+        ]
+        parts.append("")
+    parts.append(f"Question: {question}")
+    return [
+        Message(role="system", content=system),
+        Message(role="user", content=neutralise("\n".join(parts))),
+    ]
+
+
+def _label(passage: Passage) -> str:
+    return f"{passage.title} - {passage.heading}" if passage.heading else passage.title
+
+
+@lru_cache(maxsize=8)
+def _compiled(template: str):  # type: ignore[no-untyped-def]  # jinja2's Template
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda _format: ""  # the clock never enters a prompt
+    return environment.from_string(template)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def render_chat(
+    messages: Sequence[Message], *, template: str, bos: str = "", eos: str = "", continue_reply: bool = False
+) -> str:
+    """The prompt as one string, by the model's own chat template, ending where the reply begins.
+
+    The template comes from a model file, so it runs in jinja2's immutable sandbox. A BOS that the
+    template writes is taken off again: the tokenizer adds exactly one where the model wants it.
+
+    Args:
+        messages: the chat so far.
+        template: jinja2 source, as in GGUF's ``tokenizer.chat_template``.
+        bos: text of the begin-of-sequence token, empty where there is none.
+        eos: text of the end-of-sequence token.
+        continue_reply: the last message is the beginning of the assistant's reply, left open.
+
+    Raises:
+        ModelError: the template is broken or refuses these messages.
+    """
+    chat = [message.model_dump() for message in messages]
+    opening = chat.pop()["content"] if continue_reply else ""
+    try:
+        text: str = _compiled(template).render(
+            messages=chat,
+            add_generation_prompt=True,
+            bos_token=bos,
+            eos_token=eos,
+            tools=None,
+            date_string="",
+        )
+    except TemplateError as error:
+        raise ModelError(
+            f"the model's chat template fails: {error}",
+            expected="a jinja2 template that takes messages and add_generation_prompt",
+            next_step="use a model with a working tokenizer.chat_template",
+        ) from None
+    return (text.removeprefix(bos) if bos else text) + opening

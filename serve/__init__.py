@@ -1,0 +1,1 @@
+"""Answering from a bundle: llama.cpp engine, assistant, terminal chat, HTTP. Torch-free."""
