@@ -80,18 +80,25 @@ def _raise_exception(message: str) -> None:
 
 
 def render_chat(
-    messages: Sequence[Message], *, template: str, bos: str = "", eos: str = "", continue_reply: bool = False
+    messages: Sequence[Message],
+    *,
+    template: str,
+    bos: str = "",
+    eos: str = "",
+    adds_bos: bool = False,
+    continue_reply: bool = False,
 ) -> str:
     """The prompt as one string, by the model's own chat template, ending where the reply begins.
 
-    The template comes from a model file, so it runs in jinja2's immutable sandbox. A BOS that the
-    template writes is taken off again: the tokenizer adds exactly one where the model wants it.
+    The template comes from a model file, so it runs in jinja2's immutable sandbox.
 
     Args:
         messages: the chat so far.
         template: jinja2 source, as in GGUF's ``tokenizer.chat_template``.
         bos: text of the begin-of-sequence token, empty where there is none.
         eos: text of the end-of-sequence token.
+        adds_bos: the tokenizer puts a BOS in front; one that the template writes is taken off, so that
+            the model sees exactly one.
         continue_reply: the last message is the beginning of the assistant's reply, left open.
 
     Raises:
@@ -114,4 +121,4 @@ def render_chat(
             expected="a jinja2 template that takes messages and add_generation_prompt",
             next_step="use a model with a working tokenizer.chat_template",
         ) from None
-    return (text.removeprefix(bos) if bos else text) + opening
+    return (text.removeprefix(bos) if adds_bos and bos else text) + opening

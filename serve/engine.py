@@ -84,6 +84,9 @@ class Engine:
         self, gguf: Path, *, context: int = 2048, parallel: int = 4, threads: int | None = None
     ) -> None:
         self.facts = check_gguf(gguf)
+        # OpenMP threads that spin at barriers cost five times the speed as soon as anything else runs
+        # on the machine (docs/log.md); read by libgomp when llama.cpp is loaded.
+        os.environ.setdefault("GOMP_SPINCOUNT", "0")
         import llama_cpp
 
         quiet()
@@ -158,8 +161,11 @@ class Engine:
 
     @property
     def bos(self) -> str:
-        """Text of the begin-of-sequence token, empty where there is none."""
-        return self._token_text(self._c.llama_vocab_bos(self._vocab))
+        """Text of the begin-of-sequence token, empty where the model wants none before a prompt.
+
+        (SmolLM2 names ``<|im_start|>`` its BOS but adds none: taken off, the first turn would lose its mark.)
+        """
+        return self._token_text(self._c.llama_vocab_bos(self._vocab)) if self.adds_bos else ""
 
     @property
     def eos(self) -> str:
@@ -172,7 +178,12 @@ class Engine:
     def render(self, messages: Sequence[Message], *, continue_reply: bool = False) -> str:
         """The prompt for these messages by the file's own template, see `rag.prompt.render_chat`."""
         return render_chat(
-            messages, template=self.template, bos=self.bos, eos=self.eos, continue_reply=continue_reply
+            messages,
+            template=self.template,
+            bos=self.bos,
+            eos=self.eos,
+            adds_bos=self.adds_bos,
+            continue_reply=continue_reply,
         )
 
     def tokenize(self, text: str) -> list[int]:

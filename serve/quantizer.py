@@ -1,4 +1,4 @@
-"""llama.cpp's own quantizer, called through its C API: no second build of llama.cpp is needed."""
+"""llama.cpp's own quantizer, called in this process: no separate program to build."""
 
 from __future__ import annotations
 
@@ -6,74 +6,79 @@ import ctypes
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 
 from domains.config import GgufType
 from domains.errors import ModelError
+from serve.gguf_check import check_gguf
 from serve.llama_log import last_lines, quiet
-
-# llama.h: enum llama_ftype
-FILE_TYPES: dict[GgufType, int] = {"F16": 1, "Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15}
 
 
 def requantize(
     source: Path,
     target: Path,
-    file_type: GgufType,
+    kind: GgufType,
     *,
-    imatrix: Mapping[str, npt.NDArray[np.float32]] | None = None,
+    imatrix: Mapping[str, NDArray[np.float32]] | None = None,
+    threads: int | None = None,
 ) -> None:
-    """Write ``source`` in another format to ``target``, atomically.
+    """Write ``source`` again with weights in another format; the target appears whole or not at all.
+
+    Where a row is no multiple of a format's block, llama.cpp takes the next wider format.
 
     Args:
-        source: a GGUF file of any type (quantized input is dequantized first).
+        source: a GGUF file in any format; from an already quantized one only Q8_0 and F16 make sense.
         target: where to write; replaced when it exists.
-        file_type: llama.cpp's name of the mix.
-        imatrix: GGUF tensor name → mean squared input activation, float32 [in_features].
+        kind: the format.
+        imatrix: per tensor name the mean squared input of each in-feature, [in]; weighs the rounding.
+        threads: default: all processors.
 
     Raises:
-        ModelError: llama.cpp refuses (its own words are in the message).
+        ModelError: the source is damaged, or llama.cpp refuses (with its own words).
     """
     import llama_cpp
 
+    check_gguf(source)
     quiet()
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    params.nthread = threads or os.cpu_count() or 1
+    params.allow_requantize = True
+    table = _imatrix_table(imatrix) if imatrix else None
+    if table is not None:
+        params.imatrix = table
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = FILE_TYPES[file_type]
-    params.nthread = os.cpu_count() or 1
-    params.allow_requantize = True
-    rows, keep_alive = _imatrix_rows(imatrix or {})
-    if imatrix:
-        params.imatrix = rows
     try:
         code = llama_cpp.llama_model_quantize(
-            str(source).encode(), str(temporary).encode(), ctypes.byref(params)
+            os.fsencode(source), os.fsencode(temporary), ctypes.byref(params)
         )
         if code != 0:
             raise ModelError(
-                f"llama.cpp can't quantize {source.name} to {file_type} (code {code}): {last_lines()}",
-                expected="a complete GGUF file and enough disk space",
-                next_step="preceptor doctor",
+                f"llama.cpp can't write {source} as {kind}: {last_lines()} (code {code})",
+                expected="a GGUF file that llama.cpp's quantizer takes, and enough free space",
+                next_step="export the model again, or choose another [export] format",
             )
+        check_gguf(temporary)
         temporary.replace(target)
     finally:
-        del keep_alive
         temporary.unlink(missing_ok=True)
 
 
-def _imatrix_rows(imatrix: Mapping[str, npt.NDArray[np.float32]]) -> tuple[object, list[object]]:
-    """llama.cpp's array of {name, data, size}, ended by a null name, and what must outlive the call."""
+def _imatrix_table(imatrix: Mapping[str, NDArray[np.float32]]) -> Any:
+    """A C array of llama_model_imatrix_data, ended by a null name; it owns what it points to."""
     import llama_cpp
 
-    rows = (llama_cpp.llama_model_imatrix_data * (len(imatrix) + 1))()
-    keep: list[object] = [rows]
-    for row, (name, values) in zip(rows, imatrix.items(), strict=False):
+    table = (llama_cpp.llama_model_imatrix_data * (len(imatrix) + 1))()
+    kept = []
+    for row, (name, values) in zip(table, sorted(imatrix.items()), strict=False):
         data = np.ascontiguousarray(values, dtype=np.float32)
-        text = ctypes.c_char_p(name.encode())
-        row.name, row.size = text, data.size
+        kept.append(data)
+        row.name = name.encode()
         row.data = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        keep += [data, text]
-    return rows, keep
+        row.size = data.size
+    table.kept = kept
+    return table
