@@ -161,11 +161,8 @@ class Engine:
 
     @property
     def bos(self) -> str:
-        """Text of the begin-of-sequence token, empty where the model wants none before a prompt.
-
-        (SmolLM2 names ``<|im_start|>`` its BOS but adds none: taken off, the first turn would lose its mark.)
-        """
-        return self._token_text(self._c.llama_vocab_bos(self._vocab)) if self.adds_bos else ""
+        """Text of the begin-of-sequence token, empty where there is none."""
+        return self._token_text(self._c.llama_vocab_bos(self._vocab))
 
     @property
     def eos(self) -> str:

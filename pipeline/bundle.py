@@ -1,0 +1,173 @@
+"""Writes a bundle: everything that serving needs, with its provenance, in one folder.
+
+student.gguf             the student in the format it is served in
+student-<TYPE>.gguf      the other formats
+index/                   passages (written by the index stage)
+domain.toml prompts/     who the assistant is; the profile that was run, resolved
+NOTICE                   licences and attributions that must travel with the model
+parity.json              the parity gate's numbers
+manifest.json            hashes, versions, provenance, ready or not; written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from domains.config import DomainConfig, GgufType
+from domains.jsonl import write_text_atomic
+from serve.manifest import MANIFEST, BaseModelFacts, BundleFile, Manifest, read_manifest, write_manifest
+from serve.models import sha256_file
+
+_PACKAGES = (
+    "preceptor",
+    "llama-cpp-python",
+    "gguf",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "chromadb",
+)
+_META_PREFIX = "meta-llama/"
+
+
+def student_file(kind: GgufType, *, served: GgufType) -> str:
+    """The name of a format's file in a bundle; the served one is ``student.gguf``."""
+    return "student.gguf" if kind == served else f"student-{kind}.gguf"
+
+
+def open_bundle(bundle: Path) -> None:
+    """Begin to (re)write a bundle: without a manifest nobody takes a half-written one for whole."""
+    bundle.mkdir(parents=True, exist_ok=True)
+    (bundle / MANIFEST).unlink(missing_ok=True)
+    (bundle / "parity.json").unlink(missing_ok=True)
+    for path in bundle.glob("student*.gguf"):
+        path.unlink()
+
+
+def close_bundle(
+    bundle: Path,
+    *,
+    config: DomainConfig,
+    prompts: dict[str, str],
+    base: BaseModelFacts,
+    teachers: Sequence[str],
+    template: str,
+) -> Manifest:
+    """Write ``domain.toml``, prompts and NOTICE beside the students, then the manifest (not yet ready).
+
+    Args:
+        bundle: the folder with the GGUF files.
+        config: the resolved configuration.
+        prompts: the domain's prompts by name.
+        base: what the student was trained from.
+        teachers: who wrote the rationales; an API's terms may bind what is made of them.
+        template: the chat template of the GGUF files.
+    """
+    write_text_atomic(bundle / "domain.toml", dump_toml(config.model_dump()))
+    for name, text in prompts.items():
+        write_text_atomic(bundle / "prompts" / f"{name}.md", text + "\n")
+    notices = licence_notices(base, domain_licence=config.domain.licence)
+    write_text_atomic(bundle / "NOTICE", "\n".join(notices) + "\n")
+    manifest = Manifest(
+        domain=config.domain.name,
+        title=config.domain.title,
+        domain_licence=config.domain.licence,
+        base=base,
+        teachers=sorted(set(teachers)),
+        template_sha256=hashlib.sha256(template.encode()).hexdigest(),
+        versions=package_versions(),
+        notices=notices,
+        files=_hash_files(bundle),
+        created=_created(),
+    )
+    write_manifest(bundle, manifest)
+    return manifest
+
+
+def mark_ready(bundle: Path, *, ready: bool) -> Manifest:
+    """Note the parity gate's verdict in the manifest, and its file's hash."""
+    path = bundle / "parity.json"
+    entry = BundleFile(sha256=sha256_file(path), size_bytes=path.stat().st_size)
+    old = read_manifest(bundle)
+    files = dict(sorted({**old.files, path.name: entry}.items()))
+    manifest = old.model_copy(update={"ready": ready, "files": files})
+    write_manifest(bundle, manifest)
+    return manifest
+
+
+def licence_notices(base: BaseModelFacts, *, domain_licence: str) -> list[str]:
+    """What must be said of the licences of base model and documents, one line each."""
+    notices = [f"Base model: {base.name}, licence {base.licence or 'unspecified'}."]
+    if is_meta_llama(base.name):
+        # Llama 3.2 Community License Agreement, 1.b (i) and (iii)
+        edition = base.name.removeprefix(_META_PREFIX).lower().removeprefix("meta-").split("-")
+        number = edition[1] if len(edition) > 1 and edition[0] == "llama" else "3.2"
+        notices += [
+            "Built with Llama",
+            f"Llama {number} is licensed under the Llama {number} Community License, "
+            "Copyright © Meta Platforms, Inc. All Rights Reserved.",
+        ]
+    notices.append(f"Documents of the domain: licence {domain_licence}.")
+    return notices
+
+
+def is_meta_llama(base: str) -> bool:
+    """Whether the Llama Community License binds a model made from this base."""
+    return base.startswith(_META_PREFIX)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what made the bundle; packages that are not installed are left out."""
+    import llama_cpp
+
+    versions = {"llama.cpp": llama_cpp.llama_version().decode()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return dict(sorted(versions.items()))
+
+
+def dump_toml(data: dict[str, dict[str, object]]) -> str:
+    """Tables of scalars and lists of scalars as TOML, readable back by ``tomllib``."""
+    lines = []
+    for section, values in data.items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {_toml_value(value)}" for key, value in values.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):  # JSON's escapes are TOML's, but for DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    raise TypeError(f"no TOML for {type(value).__name__} {value!r}")
+
+
+def _hash_files(bundle: Path) -> dict[str, BundleFile]:
+    files = {}
+    for path in sorted(bundle.rglob("*")):
+        name = path.relative_to(bundle)
+        whole = path.is_file() and not path.name.startswith(".") and path.name != MANIFEST
+        if whole and name.parts[0] != "index":
+            files[name.as_posix()] = BundleFile(sha256=sha256_file(path), size_bytes=path.stat().st_size)
+    return files
+
+
+def _created() -> str:
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    return datetime.fromtimestamp(int(epoch), UTC).isoformat() if epoch.isdigit() else ""

@@ -1,0 +1,259 @@
+"""Training rows: which passages a row shows, and what the student shall write about them.
+
+    gold          the teacher's passages → quotes and the answer
+    retrieved     the question's own retrieval, as in serving → quotes and the answer
+    irrelevant    passages that do not answer (retrieval missed, or chosen so) → the abstention
+    unanswerable  a question that no document answers, with its own retrieval → the abstention
+
+Showing what retrieval really finds closes the gap between training and serving; rows that do not
+answer teach the student to say so (RAFT, arXiv 2403.10131; SAIL, arXiv 2305.15225).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from domains.records import Example, Message, Passage, Question, Rationale
+from domains.words import find_literal, recall, squash
+from pipeline.verify import prose
+from rag.answers import format_reply, parse_reply
+from rag.prompt import neutralise, render_question, student_messages
+
+# Of all rows; more teaches a small student to abstain from what it could answer.
+MAX_ABSTENTION_SHARE = 0.3
+_ANSWERED_RECALL = 0.5
+_QUOTE_CHARS = (8, 600)
+
+Origin = Literal["gold", "retrieved", "irrelevant", "unanswerable"]
+Retrieve = Callable[[str, int], list[Passage]]
+NumberedQuote = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A rationale that passed every check, with its question and the passages that the teacher saw."""
+
+    question: Question
+    rationale: Rationale
+    passages: list[Passage]
+
+
+def gold_quotes(question: Question, passages: Sequence[Passage]) -> list[NumberedQuote]:
+    """The question's gold quotes that stand in these passages, with the passages' numbers from 1."""
+    found = []
+    for gold in question.gold:
+        places = [
+            (passage.doc_id != gold.doc_id, number, literal)
+            for number, passage in enumerate(passages, 1)
+            if (literal := find_literal(gold.quote, passage.text)) is not None
+        ]
+        if places:
+            _, number, literal = min(places)
+            if spoken := speakable(literal):
+                found.append((spoken, number))
+    return list(dict.fromkeys(found))
+
+
+def own_quotes(rationale: Rationale, passages: Sequence[Passage]) -> list[NumberedQuote]:
+    """The rationale's quotes that stand literally in the passage they name."""
+    found = []
+    for quote, number in parse_reply(rationale.text).quotes:
+        if 1 <= number <= len(passages):
+            literal = find_literal(quote, neutralise(passages[number - 1].text))
+            if literal is not None and (spoken := speakable(literal)):
+                found.append((spoken, number))
+    return list(dict.fromkeys(found))
+
+
+def speakable(quote: str) -> str:
+    """``quote`` as it can stand between quotation marks on one line; empty where nothing is left.
+
+    White space becomes single blanks, control tokens are taken apart as in the prompt, and of a quote
+    that has quotation marks inside, the longest piece between them is taken.
+    """
+    plain = squash(neutralise(quote)).translate({ord("“"): '"', ord("”"): '"'})
+    piece = max(plain.split('"'), key=len).strip()
+    low, high = _QUOTE_CHARS
+    if len(piece) > high:
+        piece = piece[:high].rpartition(" ")[0]
+    return piece if len(piece) >= low else ""
+
+
+def target(
+    question: Question, rationale: Rationale, passages: Sequence[Passage], *, rationale_in_target: bool
+) -> str | None:
+    """The completion for passages that answer, or None where no quote can be given.
+
+    Quotes are the gold ones, else the rationale's own. Only an open question needs one: its answer would
+    stand unsupported otherwise.
+    """
+    quotes = gold_quotes(question, passages) or own_quotes(rationale, passages)
+    if not quotes and (question.gold or question.kind == "open"):
+        return None
+    text = squash(prose(rationale.text)) if rationale_in_target else ""
+    return format_reply(quotes=quotes, rationale=neutralise(text), answer=neutralise(answer_text(question)))
+
+
+def answer_text(question: Question) -> str:
+    """The reference answer as the student shall say it; an option with its letter and text."""
+    answer = question.answer or ""
+    return f"{answer}. {question.options[answer]}" if question.options else answer
+
+
+def may_answer(question: Question, passages: Sequence[Passage]) -> bool:
+    """Whether passages without the gold quote could still answer: then the row's label would be a guess."""
+    if question.kind == "yes_no":
+        homes = {question.about, *(gold.doc_id for gold in question.gold)}
+        return any(passage.doc_id in homes for passage in passages)
+    wanted = question.options[question.answer or ""] if question.options else question.answer or ""
+    return any(recall(wanted, passage.text) >= _ANSWERED_RECALL for passage in passages)
+
+
+@dataclass(frozen=True)
+class RowBuilder:
+    """Makes rows of one domain.
+
+    Attributes:
+        system: the student's system prompt.
+        abstain: the domain's abstention.
+        retrieve: (query, top_k) → passages, best first.
+        top_k: passages of a row that are taken from retrieval.
+        rationale_in_target: whether the student learns to write the rationale too.
+        seed: orders what is chosen.
+    """
+
+    system: str
+    abstain: str
+    retrieve: Retrieve
+    top_k: int
+    rationale_in_target: bool
+    seed: int
+
+    def build(
+        self,
+        kept: Sequence[Kept],
+        unanswerable: Sequence[Question],
+        *,
+        retrieved_share: float,
+        irrelevant_share: float,
+    ) -> tuple[list[Example], Counter[str]]:
+        """All rows, and counts of what became what.
+
+        ``retrieved_share`` is of the rows that come from rationales, ``irrelevant_share`` of all rows.
+        Every rationale gives exactly one row; further ``irrelevant`` rows show the same questions with
+        other documents' passages, so that rows = rationales + ``irrelevant_extra`` + ``unanswerable_rows``.
+        Abstentions are at most `MAX_ABSTENTION_SHARE` of all rows; what is left out is counted.
+        """
+        counts: Counter[str] = Counter()
+        rows, missed = self._from_rationales(kept, retrieved_share, counts)
+        answers = len(kept) - missed
+        room = int(answers * MAX_ABSTENTION_SHARE / (1 - MAX_ABSTENTION_SHARE) + 1e-9) - missed
+        share = min(irrelevant_share, MAX_ABSTENTION_SHARE)
+        wanted = max(round(share / (1 - share) * len(kept)) - missed, 0)
+        extra = min(wanted, max(room // 2, room - len(unanswerable)))
+        more = self._irrelevant(kept, extra)
+        counts["irrelevant_left_out"] = wanted - len(more)
+        chosen = self._ordered(unanswerable, lambda question: question.id)[: room - len(more)]
+        counts["unanswerable_left_out"] = len(unanswerable) - len(chosen)
+        rows += more
+        rows += [
+            self._abstention(question, self._retrieved(question), "unanswerable", request="")
+            for question in chosen
+        ]
+        counts["irrelevant_extra"] = len(more)
+        counts.update(f"{row.origin}_rows" for row in rows)
+        return rows, counts
+
+    def _from_rationales(
+        self, kept: Sequence[Kept], share: float, counts: Counter[str]
+    ) -> tuple[list[Example], int]:
+        """One row per rationale; also how many of them are abstentions because retrieval missed."""
+        ordered = self._ordered(kept, lambda item: f"{item.question.id}\0{item.rationale.sample}")
+        once = {item.question.id: item for item in reversed(ordered) if item.question.gold}
+        chosen = [item for item in ordered if once.get(item.question.id) is item][: round(share * len(kept))]
+        allowed = int(MAX_ABSTENTION_SHARE * len(kept))
+        made: dict[int, Example] = {}
+        missed = 0
+        for item in chosen:
+            passages = self._retrieved(item.question)
+            if gold_quotes(item.question, passages):
+                made[id(item)] = self._answer(item, passages, "retrieved")
+            elif may_answer(item.question, passages):
+                counts["retrieved_unclear"] += 1
+            elif missed >= allowed:
+                counts["retrieved_missed_left_out"] += 1
+            else:
+                missed += 1
+                made[id(item)] = self._abstention(
+                    item.question, passages, "irrelevant", request=item.rationale.request
+                )
+        counts["retrieved_missed"] = missed
+        return [made.get(id(item)) or self._answer(item, item.passages, "gold") for item in kept], missed
+
+    def _irrelevant(self, kept: Sequence[Kept], wanted: int) -> list[Example]:
+        """Up to ``wanted`` rows of answerable questions with the nearest passages that do not answer."""
+        rows: list[Example] = []
+        seen: set[str] = set()
+        for item in self._ordered(kept, lambda item: f"irrelevant\0{item.question.id}"):
+            if len(rows) >= wanted:
+                break
+            question = item.question
+            if question.id in seen:
+                continue
+            seen.add(question.id)
+            homes = {question.about, *(gold.doc_id for gold in question.gold)}
+            others = [
+                passage
+                for passage in self.retrieve(render_question(question), 8 * self.top_k)
+                if passage.doc_id not in homes
+                and not gold_quotes(question, [passage])
+                and not may_answer(question, [passage])
+            ]
+            if others:
+                request = item.rationale.request
+                rows.append(self._abstention(question, others[: self.top_k], "irrelevant", request=request))
+        return rows
+
+    def _retrieved(self, question: Question) -> list[Passage]:
+        return self.retrieve(render_question(question), self.top_k)
+
+    def _answer(self, item: Kept, passages: list[Passage], origin: Origin) -> Example:
+        completion = target(
+            item.question, item.rationale, passages, rationale_in_target=self.rationale_in_target
+        )
+        assert completion is not None  # checked before the rationale was kept, or its gold quote was found
+        return self._row(item.question, passages, completion, origin, item.rationale.request)
+
+    def _abstention(
+        self, question: Question, passages: list[Passage], origin: Origin, *, request: str
+    ) -> Example:
+        completion = format_reply(quotes=[], rationale="", answer=self.abstain)
+        return self._row(question, passages, completion, origin, request)
+
+    def _row(
+        self, question: Question, passages: list[Passage], completion: str, origin: Origin, request: str
+    ) -> Example:
+        messages = student_messages(self.system, render_question(question), passages)
+        return Example(
+            id=row_id(messages, completion),
+            question_id=question.id,
+            messages=messages,
+            completion=completion,
+            passages=[passage.passage_id for passage in passages],
+            origin=origin,
+            request=request,
+        )
+
+    def _ordered[T](self, items: Sequence[T], key: Callable[[T], str]) -> list[T]:
+        return sorted(items, key=lambda item: hashlib.sha256(f"{self.seed}\0{key(item)}".encode()).digest())
+
+
+def row_id(messages: Sequence[Message], completion: str) -> str:
+    """A row's id from its content: the same row has the same id in every run."""
+    content = json.dumps([[message.role, message.content] for message in messages] + [completion])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -1,0 +1,155 @@
+"""KARD's filter without a second model (arXiv 2305.18395 §3.1): the rationale must entail the gold answer.
+
+The teacher saw the answer, so agreement alone proves nothing: a rationale is kept only if its own words
+and quotes carry the answer. The paper asks a judge model; here rules do, which reject more (a correct
+paraphrase may fail) and never accept a rationale for another answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from domains.checks import PASS, Verdict
+from domains.records import Passage, Question, Rationale
+from domains.words import content_words, numbers, recall, squash, words
+from rag.answers import is_abstention, parse_option, parse_reply, parse_yes_no
+
+MIN_RECALL = 0.5
+# The teacher's short answer may be terser than the reference.
+MIN_ANSWER_RECALL = 1 / 3
+_END = re.compile(r"[.!?…:;)\]\"”’'*]$")
+_NAMES_LETTER = re.compile(
+    r"\b(?:option|choice|answer)s?(?:\s+(?:is|was|would be))?\s*:?\s*\(?([A-H])\)?(?![\w'’-])|\(([A-H])\)"
+)
+_POLARITY = re.compile(
+    r"\banswer\s+(?:\w+\s+){0,3}?(?:is|was|would be|should be)\W{1,3}(yes|no|maybe)\b"
+    r"|\banswer:\W{0,3}(yes|no|maybe)\b"
+    r"|(?:^|[.!?]\s+)(yes|no|maybe)\s*[,.:;]"
+    r"|\b(?:so|therefore|thus|hence),?\s+(yes|no|maybe)\b\s*[,.!]",
+    re.IGNORECASE,
+)
+
+
+def prose(text: str) -> str:
+    """A rationale's own words: quotes with their passage numbers and the answer line taken out."""
+    reply = parse_reply(text)
+    if reply.has_answer_line:
+        return reply.rationale
+    plain = text
+    for quote, number in reply.quotes:
+        plain = re.sub(rf'["“]\s*{re.escape(quote)}\s*["”]\s*[.,;]?\s*\[{number}\]', "", plain)
+    return plain.strip()
+
+
+def check_form(text: str, *, min_words: int, max_words: int) -> Verdict:
+    """Empty, too short, too long, or broken off in the middle of a sentence."""
+    reply = parse_reply(text)
+    own = prose(text)
+    said = " ".join([*(quote for quote, _ in reply.quotes), own])
+    if not words(said):
+        return Verdict(ok=False, reason="empty", detail="neither a sentence nor a quote")
+    count = len(said.split())
+    if not min_words <= count <= max_words:
+        return Verdict(ok=False, reason="length", detail=f"{count} words, {min_words} to {max_words} are allowed")
+    if own and not reply.has_answer_line and not _END.search(own):
+        return Verdict(ok=False, reason="truncated", detail=f"ends with {own[-40:]!r}")
+    return PASS
+
+
+def verify(question: Question, rationale: Rationale) -> Verdict:
+    """Whether the rationale entails the question's reference answer.
+
+    Reasons: ``teacher_answer`` (its stated answer is another one), ``names_other_option``,
+    ``contradicts_answer``, ``does_not_support_answer``, ``number_missing``.
+    """
+    if question.kind == "options":
+        return _verify_options(question, rationale)
+    if question.kind == "yes_no":
+        return _verify_yes_no(question, rationale)
+    return _verify_open(question, rationale)
+
+
+def _said(rationale: Rationale) -> str:
+    """Prose and quotes, without the answer line: what has to carry the answer."""
+    quotes = " ".join(quote for quote, _ in parse_reply(rationale.text).quotes)
+    return f"{prose(rationale.text)} {quotes}"
+
+
+def _verify_options(question: Question, rationale: Rationale) -> Verdict:
+    options, gold = question.options or {}, question.answer or ""
+    stated = parse_option(rationale.answer, options)
+    if stated != gold:
+        return Verdict(ok=False, reason="teacher_answer", detail=f"says {rationale.answer[:60]!r}, gold is {gold}")
+    own = prose(rationale.text)
+    named = {letter for match in _NAMES_LETTER.finditer(own) for letter in match.groups() if letter}
+    if other := sorted(named & options.keys() - {gold}):
+        return Verdict(ok=False, reason="names_other_option", detail=f"names option {other[0]}")
+    text = f" {' '.join(words(own))} "
+    known = f" {' '.join(words(question.question + ' ' + options[gold]))} "
+    for letter, option in options.items():
+        plain = f" {' '.join(words(option))} "
+        if letter != gold and len(plain) > 4 and plain in text and plain not in known:
+            return Verdict(ok=False, reason="names_other_option", detail=f"names {option!r} ({letter})")
+    return _supports_option(options, gold, _said(rationale))
+
+
+def _supports_option(options: dict[str, str], gold: str, said: str) -> Verdict:
+    """The gold option's words must be found more fully than any other option's."""
+    found = content_words(said) | set(words(said))
+    shares = {}
+    for letter, option in options.items():
+        wanted = content_words(option) or set(words(option))
+        shares[letter] = len(wanted & found) / len(wanted) if wanted else 0.0
+    best = max((share, letter) for letter, share in shares.items() if letter != gold)
+    if shares[gold] > best[0]:
+        return PASS
+    detail = f"shares {shares[gold]:.0%} of option {gold}'s words, {best[0]:.0%} of option {best[1]}'s"
+    return Verdict(ok=False, reason="does_not_support_answer", detail=detail)
+
+
+def _verify_yes_no(question: Question, rationale: Rationale) -> Verdict:
+    stated = parse_yes_no(rationale.answer)
+    if stated != question.answer:
+        detail = f"says {rationale.answer[:60]!r}, gold is {question.answer}"
+        return Verdict(ok=False, reason="teacher_answer", detail=detail)
+    for match in _POLARITY.finditer(prose(rationale.text)):
+        said = next(group for group in match.groups() if group).lower()
+        if said != question.answer:
+            return Verdict(ok=False, reason="contradicts_answer", detail=f"{squash(match[0])!r}")
+    return PASS
+
+
+def _verify_open(question: Question, rationale: Rationale) -> Verdict:
+    gold, said = question.answer or "", _said(rationale)
+    if is_abstention(rationale.answer, abstain="I don't know"):
+        return Verdict(ok=False, reason="teacher_answer", detail=f"abstains: {rationale.answer[:60]!r}")
+    agreement = recall(gold, rationale.answer)
+    if agreement < MIN_ANSWER_RECALL:
+        detail = f"says {rationale.answer[:60]!r}, which has {agreement:.0%} of the reference's words"
+        return Verdict(ok=False, reason="teacher_answer", detail=detail)
+    conflicting = numbers(rationale.answer) - numbers(gold)
+    if conflicting and numbers(gold) and not numbers(gold) & numbers(rationale.answer):
+        detail = f"says {', '.join(sorted(conflicting))} instead of {', '.join(sorted(numbers(gold)))}"
+        return Verdict(ok=False, reason="teacher_answer", detail=detail)
+    if missing := sorted(numbers(gold) - numbers(said)):
+        return Verdict(ok=False, reason="number_missing", detail=f"{', '.join(missing)} occurs nowhere")
+    share = recall(gold, said)
+    if share < MIN_RECALL:
+        detail = f"has {share:.0%} of the reference's words, {MIN_RECALL:.0%} are needed"
+        return Verdict(ok=False, reason="does_not_support_answer", detail=detail)
+    return PASS
+
+
+def check_quotes(rationale: Rationale, passages: Sequence[Passage]) -> Verdict:
+    """Every quote must stand literally (up to white space) in the passage whose number it gives."""
+    from domains.words import find_literal
+
+    for quote, number in parse_reply(rationale.text).quotes:
+        if not 1 <= number <= len(passages):
+            return Verdict(
+                ok=False, reason="quote", detail=f"names passage [{number}], {len(passages)} were shown"
+            )
+        if find_literal(quote, passages[number - 1].text) is None:
+            return Verdict(ok=False, reason="quote", detail=f"{quote[:80]!r} is not in passage [{number}]")
+    return PASS
