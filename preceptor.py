@@ -1,0 +1,514 @@
+"""The front door: one command, ``preceptor <verb>``. It composes and prints; it holds no logic.
+
+Imports stay inside the verbs, so that ``--help`` is quick and a machine that only serves needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from domains.errors import PreceptorError
+
+if TYPE_CHECKING:
+    from domains.domain import Domain
+    from pipeline.job import Outcome
+    from pipeline.run_folder import Run
+    from serve.bundle import OpenBundle
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Turn a domain's documents into a small assistant that quotes its sources and runs on a laptop.",
+    epilog="A domain is a folder with a domain.toml. Begin with `preceptor run medical`, "
+    "or `preceptor new my-team --docs DIR`.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+DomainName = Annotated[
+    str, typer.Argument(metavar="DOMAIN", help="A domain's name, or the path of its folder.")
+]
+Profile = Annotated[
+    str, typer.Option(help="quick (sized for 15 minutes) or full, or a profile of domain.toml.")
+]
+RunName = Annotated[
+    str, typer.Option("--run", help="Name of the run folder; the profile's name when left out.")
+]
+Runs = Annotated[Path, typer.Option(envvar="PRECEPTOR_RUNS", help="Where run folders lie.")]
+Force = Annotated[bool, typer.Option("--force", help="Do it again even when nothing changed.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Base = Annotated[
+    bool, typer.Option("--base", help="Use the untrained student: works as soon as the index exists.")
+]
+Target = Annotated[
+    str, typer.Argument(metavar="DOMAIN", help="A domain with a finished run, or the path of a bundle.")
+]
+
+
+def main() -> None:
+    """Run the command line; errors meant for people are printed without a traceback."""
+    try:
+        app(prog_name="preceptor")
+    except PreceptorError as error:
+        errors.print(f"[bold red]preceptor:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        errors.print("\nStopped. What was finished is kept: the same command goes on from there.")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe went away: head, less
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+# -- making a domain ---------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: `preceptor new my-team --docs ~/notes`")
+def new(
+    name: Annotated[str, typer.Argument(help="Name of the new domain, such as my-team.")],
+    docs: Annotated[Path, typer.Option(help="Folder of md, html, pdf, docx, txt, jsonl or JATS XML files.")],
+    questions: Annotated[
+        Path | None, typer.Option(help="Your own questions.jsonl; starter ones are made when left out.")
+    ] = None,
+    into: Annotated[
+        Path | None, typer.Option(help="Where to make the folder; domains/NAME or NAME when left out.")
+    ] = None,
+    title: Annotated[str, typer.Option(help="Title shown to users.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Make a domain from a folder of documents."""
+    from pipeline.new import new_domain
+
+    folder = new_domain(name, docs, into=into or _domains_folder() / name, title=title, questions=questions)
+    if as_json:
+        _print_json({"domain": name, "folder": str(folder)})
+        return
+    console.print(
+        f"Made [bold]{folder}[/]. Look at its README.md, then:\n  preceptor run {_as_argument(folder, name)}"
+    )
+
+
+@app.command("import", epilog="Example: `preceptor import medquad MedQuAD.jsonl --into domains/my-medquad`")
+def import_(
+    format_: Annotated[str, typer.Argument(metavar="FORMAT", help="beir, medquad, pubmedqa, mcq or jsonl.")],
+    source: Annotated[Path, typer.Argument(help="The set's file or folder (for jsonl: the questions).")],
+    into: Annotated[Path, typer.Option(help="Folder of the new domain.")],
+    documents: Annotated[Path | None, typer.Option(help="Documents, where the set keeps them apart.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="At most so many questions; 0 is all.")] = 0,
+    field: Annotated[
+        list[str] | None, typer.Option(help="Field map OURS=THEIRS of questions; repeat it.")
+    ] = None,
+    document_field: Annotated[
+        list[str] | None, typer.Option(help="Field map OURS=THEIRS of documents.")
+    ] = None,
+    cop_base: Annotated[int, typer.Option(min=0, max=1, help="mcq: whether `cop` counts from 0 or 1.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the split into seed and exam documents.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Make a domain from a public question set."""
+    from pipeline.importers import import_set
+
+    report = import_set(
+        format_,
+        source,
+        into=into,
+        documents=documents,
+        limit=limit,
+        fields=field or [],
+        document_fields=document_field or [],
+        cop_base=cop_base,
+        seed=seed,
+    )
+    if as_json:
+        _print_json(report)
+        return
+    for key, value in report.items():
+        console.print(f"  {key}: {value}", highlight=False, markup=False)
+    console.print(f"\nNext: preceptor run {into}")
+
+
+# -- the stages --------------------------------------------------------------------------------------
+
+
+def _stage(
+    name: str, domain_name: str, profile: str, run_name: str, runs: Path, force: bool, as_json: bool
+) -> None:
+    from pipeline.job import run_job
+
+    domain, run = _open_run(domain_name, profile, run_name, runs)
+    with _progress(as_json) as progress:
+        (outcome,) = run_job(domain, run, progress, stages=[name], force=force)
+    _learn(domain, outcome)
+    if as_json:
+        _print_json({"stage": name, "skipped": outcome.skipped, **asdict(outcome.entry)})
+    else:
+        _print_outcome(outcome)
+
+
+@app.command(epilog="Example: `preceptor index medical`")
+def index(domain: DomainName, profile: Profile = "quick", run: RunName = "", runs: Runs = Path("runs"), force: Force = False, as_json: AsJson = False) -> None:  # fmt: skip
+    """Documents to passages to a searchable index (changed documents only)."""
+    _stage("index", domain, profile, run, runs, force, as_json)
+
+
+@app.command(epilog="Example: `preceptor elicit product_requirements --dry-run`")
+def elicit(
+    domain: DomainName,
+    profile: Profile = "quick",
+    run: RunName = "",
+    runs: Runs = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would ask and cost.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """The teacher explains the answers of the seed questions; nothing is paid twice."""
+    if not dry_run:
+        _stage("elicit", domain, profile, run, runs, force, as_json)
+        return
+    from pipeline.elicit import plan
+
+    opened, folder = _open_run(domain, profile, run, runs)
+    _requests, cost = plan(opened, folder)
+    if as_json:
+        _print_json(asdict(cost))
+        return
+    for key, value in asdict(cost).items():
+        console.print(f"  {key.replace('_', ' ')}: {value}", highlight=False)
+
+
+@app.command(epilog="Example: `preceptor curate medical`")
+def curate(domain: DomainName, profile: Profile = "quick", run: RunName = "", runs: Runs = Path("runs"), force: Force = False, as_json: AsJson = False) -> None:  # fmt: skip
+    """Verified rationales to training rows; what is rejected keeps its reason."""
+    _stage("curate", domain, profile, run, runs, force, as_json)
+
+
+@app.command(epilog="Example: `preceptor train medical --profile full`")
+def train(domain: DomainName, profile: Profile = "quick", run: RunName = "", runs: Runs = Path("runs"), force: Force = False, as_json: AsJson = False) -> None:  # fmt: skip
+    """QLoRA on the student; a killed training goes on from its checkpoint."""
+    _stage("train", domain, profile, run, runs, force, as_json)
+
+
+@app.command(epilog="Example: `preceptor export medical`")
+def export(domain: DomainName, profile: Profile = "quick", run: RunName = "", runs: Runs = Path("runs"), force: Force = False, as_json: AsJson = False) -> None:  # fmt: skip
+    """Merge, write GGUF, quantize, and compare the served file with the trained network."""
+    _stage("export", domain, profile, run, runs, force, as_json)
+
+
+@app.command(epilog="Example: `preceptor exam medical --json`")
+def exam(domain: DomainName, profile: Profile = "quick", run: RunName = "", runs: Runs = Path("runs"), force: Force = False, as_json: AsJson = False) -> None:  # fmt: skip
+    """Five arms on held-out documents, with intervals and a verdict."""
+    _stage("exam", domain, profile, run, runs, force, as_json)
+    if not as_json:
+        _print_exam(_run_folder(domain, profile, run, runs).bundle)
+
+
+@app.command(
+    epilog="Example: `preceptor run medical` (15 minutes on 2 cores), `preceptor run medical --profile full`"
+)
+def run(
+    domain: DomainName,
+    profile: Profile = "quick",
+    run_name: RunName = "",
+    runs: Runs = Path("runs"),
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """The main job: index, elicit, curate, train, export, exam. Skips what is done."""
+    from pipeline.job import run_job
+    from pipeline.stages import NAMES
+
+    opened, folder = _open_run(domain, profile, run_name, runs)
+    if not as_json:
+        _print_estimate(opened, folder)
+
+    def after(outcome: Outcome) -> None:
+        _learn(opened, outcome)
+        if as_json:
+            return
+        _print_outcome(outcome)
+        if outcome.stage == "index" and not (folder.bundle / "report.json").exists():
+            _first_answer(opened, folder, domain, profile)
+
+    with _progress(as_json) as progress:
+        run_job(opened, folder, progress, stages=NAMES, force=force, after=after)
+    if as_json:
+        console.print_json((folder.bundle / "report.json").read_text(encoding="utf-8"))
+        return
+    _print_exam(folder.bundle)
+    _print_sample(folder.bundle)
+    console.print(f"\nReport:  {folder.bundle / 'report.html'}")
+    console.print(f"Chat:    [bold]preceptor chat {domain}[/]", highlight=False)
+    console.print(
+        f"Serve:   [bold]preceptor serve {domain}[/]  (OpenAI-compatible, loopback, token)", highlight=False
+    )
+
+
+# -- answering ---------------------------------------------------------------------------------------
+
+
+@app.command(epilog='Example: `preceptor ask medical "What is metformin used for?"`')
+def ask(
+    target: Target,
+    question: Annotated[str, typer.Argument(help="The question, in quotes.")],
+    base: Base = False,
+    runs: Runs = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Answer one question with checked quotes."""
+    with closing(_open(target, runs, base, parallel=1)) as bundle:
+        answer = bundle.assistant.ask(question)
+    if as_json:
+        _print_json(answer.model_dump(mode="json"))
+    else:
+        _print_answer(answer.text, answer.citations)
+
+
+@app.command(epilog='Example: `preceptor why medical "What is metformin used for?"`')
+def why(
+    target: Target,
+    question: Annotated[str, typer.Argument(help="The question, in quotes.")],
+    base: Base = False,
+    runs: Runs = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Explain an answer: which passages were found and where, what was quoted, what was refused."""
+    from serve.chat import explain
+
+    with closing(_open(target, runs, base, parallel=1)) as bundle:
+        asked = bundle.assistant.prepare(question)
+        (answer,) = bundle.assistant.ask_many([asked])
+        lines = explain(asked, answer, context=bundle.engine.context)
+    if as_json:
+        _print_json({"answer": answer.model_dump(mode="json"), "explanation": lines})
+        return
+    _print_answer(answer.text, answer.citations)
+    console.print()
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+@app.command(
+    epilog="Example: `preceptor chat medical`, or `preceptor chat medical --base` before anything is trained"
+)
+def chat(target: Target, base: Base = False, runs: Runs = Path("runs")) -> None:
+    """Chat in the terminal; every answer shows the sentences it rests on."""
+    from serve.chat import chat_session
+
+    with closing(_open(target, runs, base, parallel=1)) as bundle:
+        chat_session(bundle, console)
+
+
+@app.command(epilog="Example: `preceptor serve medical --port 8080`")
+def serve(
+    target: Target,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; [serve] port when left out.")
+    ] = None,
+    base: Base = False,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Serve an OpenAI-compatible API on this machine, protected by a token."""
+    from serve.http import serve_bundle
+    from serve.secrets import service_token
+
+    token = service_token()
+    with closing(_open(target, runs, base)) as bundle:
+        chosen = bundle.config.serve.port if port is None else port
+
+        def on_ready(url: str) -> None:
+            console.print(f"Serving {bundle.config.domain.title} at [bold]{url}/v1[/]  (Ctrl-C stops)")
+            console.print(f"Token: {token}", highlight=False, soft_wrap=True)
+            console.print(
+                f'Python: OpenAI(base_url="{url}/v1", api_key=TOKEN)', highlight=False, markup=False
+            )
+
+        serve_bundle(bundle, port=chosen, token=token, on_ready=on_ready)
+
+
+# -- looking -----------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: `preceptor status medical`")
+def status(domain: DomainName, profile: Profile = "quick", run: RunName = "", runs: Runs = Path("runs"), as_json: AsJson = False) -> None:  # fmt: skip
+    """Which stages are done, stale or missing, and what they counted."""
+    from pipeline.status import stage_rows
+
+    opened, folder = _open_run(domain, profile, run, runs)
+    rows = stage_rows(opened, folder)
+    if as_json:
+        _print_json({"run": str(folder.folder), "stages": [asdict(row) for row in rows]})
+        return
+    table = Table(title=f"{folder.folder}", title_justify="left")
+    for heading in ("stage", "state", "seconds", "counts"):
+        table.add_column(heading)
+    for row in rows:
+        counts = ", ".join(f"{name} {value}" for name, value in row.counts.items())
+        table.add_row(row.stage, row.state, f"{row.seconds:.0f}" if row.seconds else "", counts)
+    console.print(table)
+
+
+@app.command(epilog="Example: `preceptor doctor`")
+def doctor(
+    runs: Runs = Path("runs"),
+    speed: Annotated[bool, typer.Option(help="Load the default model and measure it.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """What this machine has, what is installed, and what earlier runs took."""
+    from pipeline.doctor import examine
+
+    findings = examine(runs, speed=speed)
+    if as_json:
+        _print_json(
+            {"ok": all(finding.ok for finding in findings), "findings": [asdict(f) for f in findings]}
+        )
+    else:
+        for finding in findings:
+            mark = "[green]ok [/]" if finding.ok else "[red]bad[/]"
+            console.print(f"{mark} {finding.what}: {escape(finding.found)}", highlight=False)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+# -- composing and printing --------------------------------------------------------------------------
+
+
+def _domains_folder() -> Path:
+    return Path("domains") if Path("domains").is_dir() else Path()
+
+
+def _as_argument(folder: Path, name: str) -> str:
+    return name if folder.parent.name == "domains" else str(folder)
+
+
+def _run_folder(domain_name: str, profile: str, run_name: str, runs: Path) -> Run:
+    return _open_run(domain_name, profile, run_name, runs)[1]
+
+
+def _open_run(domain_name: str, profile: str, run_name: str, runs: Path) -> tuple[Domain, Run]:
+    from domains.domain import load_domain
+    from pipeline.run_folder import Run
+
+    domain = load_domain(domain_name, profile=profile)
+    return domain, Run(runs / domain.name / (run_name or profile))
+
+
+def _open(target: str, runs: Path, base: bool, *, parallel: int | None = None) -> OpenBundle:
+    from serve.bundle import find_bundle, open_base, open_bundle
+
+    if base:
+        from domains.domain import load_domain
+
+        domain = load_domain(target)
+        return open_base(domain, find_bundle(target, runs, base=True) / "index", parallel=parallel)
+    return open_bundle(find_bundle(target, runs), parallel=parallel)
+
+
+def _progress(as_json: bool) -> Any:
+    from pipeline.console import ConsoleProgress
+
+    return ConsoleProgress(errors if as_json else console)
+
+
+def _learn(domain: Domain, outcome: Outcome) -> None:
+    from pipeline.estimate import learn
+
+    if not outcome.skipped:
+        learn(domain, outcome.stage, outcome.entry)
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def _print_estimate(domain: Domain, folder: Run) -> None:
+    from pipeline.estimate import estimate
+    from pipeline.run_folder import check_space
+
+    cost = estimate(domain)
+    check_space(folder.folder, int(cost.disk_bytes))
+    console.print(f"[bold]{domain.config.domain.title}[/] -> {folder.folder}", highlight=False)
+    parts = ", ".join(f"{stage} {seconds / 60:.1f}" for stage, seconds in cost.seconds.items())
+    source = "this machine's earlier runs" if cost.own_rates else "a 2-core server CPU"
+    console.print(
+        f"Estimate: {cost.minutes:.0f} minutes ({parts}), by the speed of {source};", highlight=False
+    )
+    console.print(
+        f"  {cost.disk_bytes / 1e9:.1f} GB of disk, {cost.memory_bytes / 1e9:.1f} GB of memory at the peak. "
+        "What is done already is skipped.",
+        highlight=False,
+    )
+
+
+def _print_outcome(outcome: Outcome) -> None:
+    counts = ", ".join(f"{name} {value}" for name, value in outcome.entry.counts.items())
+    took = "done before" if outcome.skipped else f"{outcome.entry.seconds:.0f} s"
+    console.print(f"[green]✓[/] {outcome.stage} ({took}): {counts}", highlight=False)
+
+
+def _first_answer(domain: Domain, folder: Run, name: str, profile: str) -> None:
+    """Something to use while the rest runs: the untrained student with retrieval."""
+    from domains.jsonl import read_jsonl
+    from domains.records import Question
+    from serve.bundle import open_base
+
+    if domain.questions is None or domain.config.student.base != "smollm2-135m":
+        return
+    questions = [q for q in read_jsonl(domain.questions, Question) if q.kind == "open" and q.split == "seed"]
+    if not questions:
+        return
+    with closing(open_base(domain, folder.index, parallel=1)) as bundle:
+        answer = bundle.assistant.ask(questions[0].question)
+    console.print("\nA first answer, from the untrained student with retrieval:", highlight=False)
+    _print_answer(answer.text, answer.citations, question=answer.question)
+    extra = "" if profile == "quick" else f" --run {folder.folder.name}"
+    console.print(
+        f"Ask more meanwhile in another terminal: preceptor chat {name} --base{extra}\n", highlight=False
+    )
+
+
+def _print_exam(bundle: Path) -> None:
+    from pipeline.report import exam_table
+
+    report = json.loads((bundle / "report.json").read_text(encoding="utf-8"))
+    console.print()
+    console.print(exam_table(report))
+    console.print(f"\n[bold]Verdict:[/] {escape(report['verdict'])}", highlight=False)
+
+
+def _print_sample(bundle: Path) -> None:
+    """One cited answer of the exported student, from the exam."""
+    report = json.loads((bundle / "report.json").read_text(encoding="utf-8"))
+    rows = [
+        row["answers"]["exported_rag"]
+        for row in report.get("examples", [])
+        if "exported_rag" in row.get("answers", {})
+    ]
+    cited = [row for row in rows if row.get("citations")] or rows
+    if cited:
+        console.print("\nOne answer of the exported student:", highlight=False)
+        _print_answer(cited[0]["text"], cited[0].get("citations", []), question=cited[0].get("question", ""))
+
+
+def _print_answer(text: str, citations: list[Any], *, question: str = "") -> None:
+    if question:
+        console.print(f"  Q: {question}", highlight=False, markup=False)
+    console.print(f"  A: {text}" if question else text, highlight=False, markup=False)
+    for item in citations:
+        row = item if isinstance(item, dict) else item.model_dump()
+        console.print(f'  [{row["number"]}] {row["title"]}: "{row["quote"]}"', highlight=False, markup=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from domains.checks import PASS, Verdict
 from domains.records import Question
-from domains.words import words
 from pipeline.near_duplicates import Gram, NearDuplicates, grams
+from rag.words import words
 
 # A word sequence that exam questions about this many documents share is the wording of a questionnaire
 # ("which of the following is the most likely"), not the content of one question.

@@ -10,7 +10,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from domains.words import words
+from rag.words import words
 
 Gram = tuple[str, ...]
 

@@ -16,11 +16,12 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from domains.records import Example, Message, Passage, Question, Rationale
-from domains.words import find_literal, recall, squash
+from domains.words import find_literal, squash
 from pipeline.verify import prose
+from pipeline.wording import recall
 from rag.answers import format_reply, parse_reply
 from rag.prompt import neutralise, render_question, student_messages
 
@@ -32,6 +33,7 @@ _QUOTE_CHARS = (8, 600)
 Origin = Literal["gold", "retrieved", "irrelevant", "unanswerable"]
 Retrieve = Callable[[str, int], list[Passage]]
 NumberedQuote = tuple[str, int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ class RowBuilder:
             homes = {question.about, *(gold.doc_id for gold in question.gold)}
             others = [
                 passage
-                for passage in self.retrieve(render_question(question), 8 * self.top_k)
+                for passage in self.retrieve(question.question, 8 * self.top_k)
                 if passage.doc_id not in homes
                 and not gold_quotes(question, [passage])
                 and not may_answer(question, [passage])
@@ -220,7 +222,7 @@ class RowBuilder:
         return rows
 
     def _retrieved(self, question: Question) -> list[Passage]:
-        return self.retrieve(render_question(question), self.top_k)
+        return self.retrieve(question.question, self.top_k)
 
     def _answer(self, item: Kept, passages: list[Passage], origin: Origin) -> Example:
         completion = target(
@@ -249,7 +251,7 @@ class RowBuilder:
             request=request,
         )
 
-    def _ordered[T](self, items: Sequence[T], key: Callable[[T], str]) -> list[T]:
+    def _ordered(self, items: Sequence[T], key: Callable[[T], str]) -> list[T]:
         return sorted(items, key=lambda item: hashlib.sha256(f"{self.seed}\0{key(item)}".encode()).digest())
 
 

@@ -18,10 +18,12 @@ from dataclasses import dataclass, replace
 
 from domains.errors import DataError
 from domains.records import Document, Question, Quote
-from domains.words import content_words, squash, words
+from domains.words import squash
 from pipeline.importers.quotes import lead
 from pipeline.importers.reading import Draft
 from pipeline.importers.split import assign_split, drop_duplicates, seeded_order
+from pipeline.wording import content_words
+from rag.words import words
 
 PER_DOCUMENT = 6
 MAX_QUESTIONS = 400

@@ -12,8 +12,11 @@ from collections.abc import Sequence
 
 from domains.checks import PASS, Verdict
 from domains.records import Passage, Question, Rationale
-from domains.words import content_words, numbers, recall, squash, words
+from domains.words import numbers, squash
+from pipeline.wording import content_words, recall
 from rag.answers import is_abstention, parse_option, parse_reply, parse_yes_no
+from rag.citations import check_quotes
+from rag.words import words
 
 MIN_RECALL = 0.5
 # The teacher's short answer may be terser than the reference.
@@ -51,7 +54,9 @@ def check_form(text: str, *, min_words: int, max_words: int) -> Verdict:
         return Verdict(ok=False, reason="empty", detail="neither a sentence nor a quote")
     count = len(said.split())
     if not min_words <= count <= max_words:
-        return Verdict(ok=False, reason="length", detail=f"{count} words, {min_words} to {max_words} are allowed")
+        return Verdict(
+            ok=False, reason="length", detail=f"{count} words, {min_words} to {max_words} are allowed"
+        )
     if own and not reply.has_answer_line and not _END.search(own):
         return Verdict(ok=False, reason="truncated", detail=f"ends with {own[-40:]!r}")
     return PASS
@@ -80,7 +85,9 @@ def _verify_options(question: Question, rationale: Rationale) -> Verdict:
     options, gold = question.options or {}, question.answer or ""
     stated = parse_option(rationale.answer, options)
     if stated != gold:
-        return Verdict(ok=False, reason="teacher_answer", detail=f"says {rationale.answer[:60]!r}, gold is {gold}")
+        return Verdict(
+            ok=False, reason="teacher_answer", detail=f"says {rationale.answer[:60]!r}, gold is {gold}"
+        )
     own = prose(rationale.text)
     named = {letter for match in _NAMES_LETTER.finditer(own) for letter in match.groups() if letter}
     if other := sorted(named & options.keys() - {gold}):
@@ -141,15 +148,12 @@ def _verify_open(question: Question, rationale: Rationale) -> Verdict:
     return PASS
 
 
-def check_quotes(rationale: Rationale, passages: Sequence[Passage]) -> Verdict:
-    """Every quote must stand literally (up to white space) in the passage whose number it gives."""
-    from domains.words import find_literal
-
-    for quote, number in parse_reply(rationale.text).quotes:
-        if not 1 <= number <= len(passages):
-            return Verdict(
-                ok=False, reason="quote", detail=f"names passage [{number}], {len(passages)} were shown"
-            )
-        if find_literal(quote, passages[number - 1].text) is None:
-            return Verdict(ok=False, reason="quote", detail=f"{quote[:80]!r} is not in passage [{number}]")
-    return PASS
+def quotes_stand(rationale: Rationale, passages: Sequence[Passage]) -> Verdict:
+    """Every quote must stand literally in the passage whose number it gives (`rag.citations`)."""
+    quotes = parse_reply(rationale.text).quotes
+    rejected = check_quotes(quotes, passages)[1] if quotes else []
+    if not rejected:
+        return PASS
+    return Verdict(
+        ok=False, reason="quote", detail=f"{rejected[0][:80]!r} does not stand in the passage it names"
+    )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from domains.words import content_words, find_literal, sentences, squash
+from domains.words import find_literal, squash
+from pipeline.wording import content_words, sentences
 
 # What `rag.answers` can write between quotation marks and read back.
 MIN_QUOTE_CHARS = 8

@@ -1,0 +1,51 @@
+"""Content words and sentences, as curation and the importers count them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from domains.words import NUMBER_WORDS
+from rag.words import sentence_spans, stem, words
+
+_STOP_WORDS = (
+    "a about above after again all also am an and any are as at be because been before being below between both "
+    "but by can could did do does doing done down during each either few for from further had has have having he "
+    "her here hers him his how i if in into is it its itself just may me might more most must my no nor not of off "
+    "on once one only or other our out over own per same shall she should so some such than that the their theirs "
+    "them then there these they this those through to too under until up upon us very was we were what when where "
+    "which while who whom whose why will with within without would yes you your yours"
+)
+_STOP = frozenset(_STOP_WORDS.split())
+_LIST_MARK = re.compile(r"(?:[-*+•]|\d{1,3}[.)])\s+(?:\[[ xX]\]\s+)?")
+
+
+def content_words(text: str) -> set[str]:
+    """The distinct content words of ``text``: no stop words, Snowball stems, number words as digits."""
+    return set(stem([NUMBER_WORDS.get(word, word) for word in words(text) if word not in _STOP]))
+
+
+def recall(reference: str, text: str) -> float:
+    """Share of the reference's content words that occur in ``text``, in [0, 1]; 1 where it has none."""
+    wanted = content_words(reference)
+    return len(wanted & content_words(text)) / len(wanted) if wanted else 1.0
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence as it stands in a text: ``text == source[start:end]``."""
+
+    text: str
+    start: int
+    end: int
+
+
+def sentences(text: str) -> Iterator[Sentence]:
+    """The sentences of ``text`` without headings, table rows, and the marks of list items."""
+    for start, end in sentence_spans(text):
+        if mark := _LIST_MARK.match(text, start, end):
+            start = mark.end()
+        piece = text[start:end]
+        if not piece.startswith(("#", "|")) and any(char.isalnum() for char in piece):
+            yield Sentence(piece, start, end)
