@@ -69,7 +69,8 @@ class BertEncoder:
             hidden = layer.forward(hidden, rows, columns, bias, (len(texts), widest), self.epsilon)
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         sums: Floats = np.add.reduceat(hidden, starts, axis=0)
-        return sums / lengths[:, None].astype(np.float32)
+        sums /= lengths[:, None]
+        return sums
 
 
 class _Layer:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from domains.errors import ConfigError
 from domains.records import Document, Passage
@@ -168,7 +169,7 @@ def _pack(text: str, body: Span, max_chars: int) -> list[Span]:
 def _overlapped(text: str, spans: list[Span], max_chars: int, overlap_chars: int) -> list[Span]:
     """Each span but the first, begun earlier where that keeps it within ``max_chars``."""
     result = spans[:1]
-    for (previous, previous_end), (start, end) in zip(spans, spans[1:], strict=False):
+    for (previous, previous_end), (start, end) in pairwise(spans):
         earliest = max(previous + 1, start - overlap_chars, end - max_chars)
         starts = [s for s, _ in sentence_spans(text, previous, previous_end)]
         starts += [

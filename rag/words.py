@@ -11,12 +11,15 @@ from typing import Any
 # A number keeps its decimals and thousands ("2.5", "1,000"); "HbA1c" and "v1" are one word.
 _WORD = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+(?:['’][^\W_]+)?")
 # Lucene's English stop set, the one behind the BM25 baselines of Pyserini.
-LUCENE_STOPWORDS = frozenset(
-    "a an and are as at be but by for if in into is it no not of on or such that the their then there "
-    "these they this to was will with".split()
-)
+_LUCENE = """
+a an and are as at be but by for if in into is it no not of on or such that the their then there these
+they this to was will with
+"""
+LUCENE_STOPWORDS = frozenset(_LUCENE.split())
 # Where a sentence ends: punctuation, closing marks, white space, and something that can begin one.
-_END = re.compile(r"[.!?][\"”’')\]]*(?=\s+[\"“‘'(\[]*[^\W_a-z])|\n(?=\s*(?:\n|[-*+•] |\d{1,3}[.)] |\||#{1,6} ))")
+_END = re.compile(
+    r"[.!?][\"”’')\]]*(?=\s+[\"“‘'(\[]*[^\W_a-z])|\n(?=\s*(?:\n|[-*+•] |\d{1,3}[.)] |\||#{1,6} ))"
+)
 _ABBREVIATION = re.compile(
     r"(?:\b(?:e\.g|i\.e|etc|vs|cf|al|approx|ca|dr|mr|mrs|ms|prof|st|fig|no|vol|pp|sec|eq|inc|ltd|jr|sr)"
     r"|\b[A-Za-z])\.$",

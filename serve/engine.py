@@ -13,7 +13,7 @@ import ctypes
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,11 +28,15 @@ from serve.gguf_check import check_gguf
 from serve.llama_log import last_lines, quiet
 
 BATCH_TOKENS = 512
+_BREATH_S = 0.25  # a stream that waits gives control back this often, so that it can be closed
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model wrote. ``finish`` is ``length`` where ``max_tokens`` cut it."""
+    """What a model wrote. ``finish`` is ``length`` where ``max_tokens`` cut it.
+
+    ``tokens`` are those of ``text``: the end token is not among them.
+    """
 
     text: str
     tokens: list[int]
@@ -204,6 +208,25 @@ class Engine:
 
     # -- generation --------------------------------------------------------------------------------
 
+    def check_fits(self, prompt_tokens: int, max_tokens: int) -> None:
+        """Pass if prompt and reply fit into the context.
+
+        Raises:
+            ContextOverflow: they do not; says how many tokens there are and may be.
+        """
+        if prompt_tokens + max_tokens > self.context:
+            raise ContextOverflow(
+                f"the prompt has {prompt_tokens} tokens and the reply may have {max_tokens}: "
+                f"{prompt_tokens + max_tokens} in all",
+                expected=f"at most {self.context}, the context",
+                next_step="ask a shorter question, or raise [student] context in domain.toml",
+            )
+
+    @property
+    def running(self) -> int:
+        """Sequences that are being completed at this moment."""
+        return sum(slot.job is not None for slot in self._slots)
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -240,25 +263,29 @@ class Engine:
 
     def stream(
         self, prompt: Sequence[int], *, max_tokens: int, temperature: float = 0.0, seed: int = 0
-    ) -> Iterator[str]:
-        """The completion's text in pieces as it is written; closing the iterator stops the generation.
+    ) -> Generator[str, None, Completion]:
+        """The completion's text in pieces as it is written; closing the generator stops the writing.
+
+        A piece may be empty: one comes every quarter of a second while the request waits its turn. The
+        generator's value (``yield from``) is the `Completion`. Nothing runs before the first ``next``.
 
         Raises:
-            ContextOverflow: prompt and ``max_tokens`` exceed the context.
+            ContextOverflow: prompt and ``max_tokens`` exceed the context (at once).
         """
-        job = self._job(prompt, max_tokens, temperature, seed, None)
-        self._submit(job)
-        return self._pieces(job)
+        return self._pieces(self._job(prompt, max_tokens, temperature, seed, None))
 
-    @staticmethod
-    def _pieces(job: _Job) -> Iterator[str]:
+    def _pieces(self, job: _Job) -> Generator[str, None, Completion]:
         try:
+            self._submit(job)
             while True:
-                piece = job.pieces.get()
+                try:
+                    piece = job.pieces.get(timeout=_BREATH_S)
+                except queue.Empty:
+                    piece = ""
                 if isinstance(piece, BaseException):
                     raise piece
                 if isinstance(piece, Completion):
-                    return
+                    return piece
                 yield piece
         finally:
             job.cancelled.set()
@@ -271,30 +298,24 @@ class Engine:
         seed: int,
         on_done: Callable[[Completion], None] | None,
     ) -> _Job:
-        if not prompt:
-            raise ModelError("the prompt has no tokens", expected="at least one")
-        if len(prompt) + max_tokens > self.context:
-            raise ContextOverflow(
-                f"the prompt has {len(prompt)} tokens and the reply may have {max_tokens}: "
-                f"{len(prompt) + max_tokens} in all",
-                expected=f"at most {self.context}, the context",
-                next_step="ask a shorter question, or raise [student] context in domain.toml",
+        if not prompt or max_tokens < 1:
+            raise ModelError(
+                f"a prompt of {len(prompt)} tokens, a reply of {max_tokens}", expected="at least one each"
             )
+        self.check_fits(len(prompt), max_tokens)
         return _Job(list(prompt), max_tokens, temperature, seed, on_done)
 
     def _submit(self, job: _Job) -> None:
-        if self._closed:
-            raise ModelError("the engine is closed")
-        self._waiting.put(job)
         with self._lock:
-            if self._thread is None or not self._thread.is_alive():
+            if self._closed:
+                raise _closed_error()
+            self._waiting.put(job)
+            if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="llama.cpp", daemon=True)
                 self._thread.start()
 
     def _work(self) -> None:
-        while True:
-            if not self._admit():
-                return
+        while self._admit():
             with self._lock:
                 try:
                     self._step()
@@ -302,23 +323,20 @@ class Engine:
                     self._fail_all(error)
 
     def _admit(self) -> bool:
-        """Give waiting jobs to free sequences; sleeps when there is nothing to do. False: close."""
-        idle = all(slot.job is None for slot in self._slots)
-        while any(slot.job is None for slot in self._slots):
+        """Give waiting jobs to free sequences; sleeps when there is nothing to do. False: closed."""
+        while not self._closed and any(slot.job is None for slot in self._slots):
             try:
-                job = self._waiting.get(block=idle)
+                job = self._waiting.get(block=not self.running)
             except queue.Empty:
-                return True
+                break
             if job is None:
                 return False
-            idle = False
             if job.cancelled.is_set():
-                idle = all(slot.job is None for slot in self._slots)
                 job.pieces.put(Completion("", [], len(job.prompt), "cancelled"))
                 continue
             with self._lock:
                 self._start(job)
-        return True
+        return not self._closed
 
     def _start(self, job: _Job) -> None:
         free = [slot for slot in self._slots if slot.job is None]
@@ -347,6 +365,9 @@ class Engine:
         """One forward pass over a batch: every running sequence's next token, then prompt pieces."""
         self._batch.n_tokens = 0
         asks: list[tuple[_Slot, int]] = []
+        for slot in self._slots:
+            if slot.job is not None and slot.job.cancelled.is_set():
+                self._end(slot, "cancelled")
         running = [slot for slot in self._slots if slot.job is not None]
         for slot in sorted(running, key=lambda slot: len(slot.pending)):
             room = BATCH_TOKENS - self._batch.n_tokens
@@ -386,9 +407,6 @@ class Engine:
         """Add a sampled token to a sequence's reply; ends it at an end token or its limit."""
         job = slot.job
         assert job is not None
-        if job.cancelled.is_set():
-            self._end(slot, "cancelled")
-            return
         if self._c.llama_vocab_is_eog(self._vocab, token):
             self._end(slot, "stop")
             return
@@ -407,7 +425,7 @@ class Engine:
 
     def _end(self, slot: _Slot, finish: Literal["stop", "length", "cancelled"]) -> None:
         self._say(slot, slot.decoder.decode(b"", final=True))
-        job, slot.job = slot.job, None
+        job, slot.job, slot.pending = slot.job, None, []
         self._c.llama_sampler_free(slot.sampler)
         slot.sampler = None
         assert job is not None
@@ -477,14 +495,23 @@ class Engine:
     # -- end ---------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Finish what runs, then free model and context; does nothing the second time."""
-        if self._closed:
-            return
-        self._closed = True
+        """Free model and context; does nothing the second time.
+
+        Requests that run or wait end with a `ModelError`. Not to be called from ``on_done``.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
         self._waiting.put(None)
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout=30)
-        self._fail_all(ModelError("the engine was closed"))
+        if self._thread is not None:
+            self._thread.join()
+        error = _closed_error()
+        self._fail_all(error)
+        while not self._waiting.empty():
+            job = self._waiting.get()
+            if job is not None:
+                job.pieces.put(error)
         self._c.llama_batch_free(self._batch)
         self._c.llama_free(self._ctx)
         self._c.llama_model_free(self._model)
@@ -494,6 +521,10 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _closed_error() -> ModelError:
+    return ModelError("the engine is closed", expected="an open one", next_step="start the command again")
 
 
 def _result(job: _Job) -> Completion:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 
 from domains.words import find_literal, squash
 from pipeline.wording import content_words, sentences
@@ -31,7 +32,8 @@ def lead(text: str, *, max_words: int = LEAD_WORDS) -> tuple[str, str] | None:
     ask or only announce ("What are the symptoms?", "The symptoms are:") are passed over. None where no
     sentence can be quoted.
     """
-    found = [sentence for sentence in sentences(text) if quotable(sentence.text) and decides(sentence.text)]
+    usable = (sentence for sentence in sentences(text) if quotable(sentence.text) and decides(sentence.text))
+    found = [*islice(usable, 2)]
     if not found:
         return None
     first = found[0].text

@@ -1,0 +1,195 @@
+"""Does an answer stand in the documents? Literal quotes checked, and support found by word overlap.
+
+Both are pure functions over the passages that the student saw.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from domains.records import Citation, Passage
+from rag.words import sentence_spans, stem, words
+
+_MIN_CHARS, _MIN_WORDS = 8, 2
+_SAME = str.maketrans({
+    **dict.fromkeys("‘’‚‛′`´", "'"),
+    **dict.fromkeys("“”„‟″«»", '"'),
+    **dict.fromkeys("‐‑‒–—―−", "-"),
+    "\u00ad": None,  # soft hyphen
+    "\u200b": None,  # zero width space
+    "\ufeff": None,
+})  # fmt: skip
+_BULLET = re.compile(r"^[ \t]*[-*+•][ \t]+", re.MULTILINE)
+# Words that say nothing about whether a sentence supports a claim. Negations are not among them.
+_FUNCTION = """
+a an the and or but if then than so as of at by for from in into on onto to with about over under
+between during through up down out off is are was were be been being am do does did doing done has have
+had having can could may might must shall should will would i you he she it we they me him her us them
+my your his its our their this that these those there here who whom whose which what when where why how
+also just very too only own same such both each any some all most more other another e g i.e according
+answer passage document says said states stated mentions
+"""
+_NEGATION = "no not never none neither nor without cannot nothing nobody"
+_FUNCTION_WORDS, _NEGATIONS = frozenset(_FUNCTION.split()), frozenset(_NEGATION.split())
+# "one" is left out: it is a pronoun too.
+_NUMBER = "two three four five six seven eight nine ten eleven twelve"
+_NUMBERS = {name: str(number) for number, name in enumerate(_NUMBER.split(), start=2)}
+
+
+@dataclass(frozen=True)
+class _Normal:
+    """A text with one spelling of spaces, quotes and dashes; ``origin[i]`` is where ``text[i]`` stood."""
+
+    text: str
+    origin: list[int]
+
+
+def check_quotes(
+    quotes: Sequence[tuple[str, int]], passages: Sequence[Passage]
+) -> tuple[list[Citation], list[str]]:
+    """Which quotes stand in the passages, word for word.
+
+    White space, list bullets, the shape of quotation marks and dashes, and the case of the first
+    letter do not count; nor does closing punctuation. A quote that stands in another passage than
+    its number says gets the right number. One of fewer than 8 characters or 2 words proves nothing.
+
+    Args:
+        quotes: (text, passage number from 1), as the student wrote them.
+        passages: what the student saw, [1] first.
+
+    Returns:
+        The citations, each once, in the order of the quotes; and the quotes that stand nowhere.
+    """
+    citations: list[Citation] = []
+    rejected = []
+    normal = [_normalise(passage.text) for passage in passages]
+    for quote, number in quotes:
+        order = sorted(range(len(passages)), key=lambda i: (i != number - 1, i))
+        found = next(((i, span) for i in order if (span := _find(quote, normal[i]))), None)
+        if found is None:
+            rejected.append(quote)
+            continue
+        citation = _citation(found[0] + 1, passages[found[0]], found[1], by_model=True)
+        if citation not in citations:
+            citations.append(citation)
+    return citations, rejected
+
+
+def find_support(claim: str, passages: Sequence[Passage], *, min_overlap: float = 0.6) -> Citation | None:
+    """The passage sentence that covers the largest share of the claim's content words.
+
+    Words are compared by stem. Every number of the claim must stand in the sentence, and the matched
+    part of the sentence must be negated exactly if the claim is. Ties go to the shorter sentence,
+    then to the earlier passage. A one-word claim is found wherever the word stands: put the
+    question's words into the claim when the answer is that short.
+
+    Args:
+        claim: one sentence.
+        passages: what the student saw, [1] first.
+        min_overlap: the least share of content words, in [0, 1].
+    """
+    wanted = _content(claim)
+    negated = _is_negated(words(claim))
+    best: tuple[float, int, int, tuple[int, int]] | None = None
+    if not wanted:
+        return None
+    for i, passage in enumerate(passages):
+        for span in sentence_spans(passage.text):
+            share = _share(wanted, passage.text[span[0] : span[1]], negated=negated)
+            if share < min_overlap or share == 0:
+                continue
+            candidate = (-share, span[1] - span[0], i, span)
+            if best is None or candidate < best:
+                best = candidate
+    if best is None:
+        return None
+    return _citation(best[2] + 1, passages[best[2]], best[3], by_model=False)
+
+
+def _citation(number: int, passage: Passage, span: tuple[int, int], *, by_model: bool) -> Citation:
+    start, end = span
+    return Citation(
+        number=number,
+        passage_id=passage.passage_id,
+        doc_id=passage.doc_id,
+        title=passage.title,
+        quote=passage.text[start:end],
+        start=passage.start + start,
+        end=passage.start + end,
+        by="model" if by_model else "overlap",
+    )
+
+
+def _normalise(text: str) -> _Normal:
+    bullets = {i for match in _BULLET.finditer(text) for i in range(*match.span())}
+    out: list[str] = []
+    origin: list[int] = []
+    for i, char in enumerate(text):
+        if i in bullets or char.isspace():
+            if out and out[-1] != " ":
+                out.append(" ")
+                origin.append(i)
+            continue
+        for piece in unicodedata.normalize("NFKC", char).translate(_SAME):
+            if piece != " ":
+                out.append(piece)
+                origin.append(i)
+    return _Normal("".join(out), origin)
+
+
+def _find(quote: str, passage: _Normal) -> tuple[int, int] | None:
+    """Offsets of a quote in a passage's own text, or None."""
+    plain = _normalise(quote).text.strip().strip("\"'").strip().rstrip(".,;:!? ")
+    if len(plain) < _MIN_CHARS or len(plain.split()) < _MIN_WORDS:
+        return None
+    at = passage.text.find(plain[1:], 1)
+    while at >= 0:
+        start, end = at - 1, at - 1 + len(plain)
+        if passage.text[start].casefold() == plain[0].casefold() and _whole(passage.text, start, end):
+            closing = passage.text[end : end + 1]
+            if closing and closing in ".!?" and quote.rstrip(" \"'”’").endswith(closing):
+                end += 1
+            return passage.origin[start], passage.origin[end - 1] + 1
+        at = passage.text.find(plain[1:], at + 1)
+    return None
+
+
+def _whole(text: str, start: int, end: int) -> bool:
+    """No word or number is cut: "5 mg daily" does not stand in "2.5 mg daily" or "15 mg daily"."""
+    before, after = text[:start][-2:], text[end : end + 2]
+    if before and before[-1].isalnum() and text[start].isalnum():
+        return False
+    if after and after[0].isalnum() and text[end - 1].isalnum():
+        return False
+    if text[start].isdigit() and re.fullmatch(r"\d[.,]", before):
+        return False
+    return not (text[end - 1].isdigit() and re.fullmatch(r"[.,]\d", after))
+
+
+def _content(text: str) -> set[str]:
+    return set(_stems(word for word in words(text) if word not in _FUNCTION_WORDS | _NEGATIONS))
+
+
+def _stems(text_words: Iterable[str]) -> list[str]:
+    return stem([_NUMBERS.get(word, word) for word in text_words])
+
+
+def _is_negated(text_words: Sequence[str]) -> bool:
+    return any(word in _NEGATIONS or word.endswith("n't") for word in text_words)
+
+
+def _share(wanted: set[str], sentence: str, *, negated: bool) -> float:
+    """The share of the wanted stems that the sentence has; 0 where numbers or negation differ."""
+    said = words(sentence)
+    stems = _stems(said)
+    matched = [i for i, term in enumerate(stems) if term in wanted]
+    found = {stems[i] for i in matched}
+    if not matched or any(term[0].isdigit() and term not in found for term in wanted):
+        return 0.0
+    # A negation up to three words ahead of the matched part belongs to it ("do not give X").
+    if _is_negated(said[max(0, matched[0] - 3) : matched[-1] + 1]) != negated:
+        return 0.0
+    return len(found) / len(wanted)

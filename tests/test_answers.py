@@ -1,0 +1,72 @@
+"""The form of a completion: written and read back; letters, yes/no and abstentions."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rag.answers import format_reply, is_abstention, parse_option, parse_reply, parse_yes_no
+
+ABSTAIN = "I don't know: the documents do not say."
+plain = (
+    st.text(
+        st.characters(codec="ascii", exclude_characters='"\n[]*:', categories=("L", "N", "Zs")), min_size=9
+    )
+    .map(lambda text: " ".join(text.split()))
+    .filter(lambda text: len(text) >= 8 and "answer" not in text.lower())
+)
+
+
+@given(quote=plain, number=st.integers(1, 9), rationale=st.just("") | plain, answer=plain)
+def test_a_reply_is_read_back_as_it_was_written(quote: str, number: int, rationale: str, answer: str) -> None:
+    reply = parse_reply(format_reply(quotes=[(quote, number)], rationale=rationale, answer=answer))
+    assert reply.quotes == ((quote, number),)
+    assert reply.rationale == rationale
+    assert reply.answer == answer
+    assert reply.has_answer_line
+
+
+def test_text_without_an_answer_line_is_the_answer() -> None:
+    reply = parse_reply("  Metformin lowers glucose. ")
+    assert reply.answer == "Metformin lowers glucose."
+    assert not reply.has_answer_line
+
+
+def test_the_last_answer_line_counts() -> None:
+    assert parse_reply("Answer: no\nbut then\n**Answer:** yes").answer == "yes"
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"), ("b.", "B"), ("(C) warfarin", "C"), ("Option D", "D"), ("The correct answer is A", "A"),
+        ("The answer is: B", "B"), ("A patient with gout", None), ("I think so", None), ("", None), ("E", None),
+        ("it is warfarin", "C"), ("metformin or warfarin", None), ("B) warfarin", "B"),
+    ],
+)  # fmt: skip
+def test_option_letters(answer: str, letter: str | None) -> None:
+    options = {"A": "aspirin", "B": "metformin", "C": "warfarin", "D": "insulin"}
+    assert parse_option(answer, options) == letter
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [("Yes.", "yes"), ("no, never", "no"), ("Maybe", "maybe"), ("Not really", None), ("", None)],
+)
+def test_yes_no(answer: str, said: str | None) -> None:
+    assert parse_yes_no(answer) == said
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [ABSTAIN, "I don't know", "I cannot answer that.", "The passages do not mention a price.",
+     "This is not stated in the documents.", "The text does not specify the dose."],
+)  # fmt: skip
+def test_abstentions(answer: str) -> None:
+    assert is_abstention(answer, abstain=ABSTAIN)
+
+
+@pytest.mark.parametrize("answer", ["Metformin", "", "It is not given to people with kidney failure.", "No."])
+def test_answers_are_no_abstentions(answer: str) -> None:
+    assert not is_abstention(answer, abstain=ABSTAIN)
