@@ -41,7 +41,10 @@ DomainName = Annotated[
     str, typer.Argument(metavar="DOMAIN", help="A domain's name, or the path of its folder.")
 ]
 Profile = Annotated[
-    str, typer.Option(help="quick (sized for 15 minutes) or full, or a profile of domain.toml.")
+    str,
+    typer.Option(
+        envvar="PRECEPTOR_PROFILE", help="quick (sized for 15 minutes), full, or a profile of domain.toml."
+    ),
 ]
 RunName = Annotated[
     str, typer.Option("--run", help="Name of the run folder; the profile's name when left out.")

@@ -17,6 +17,7 @@ ARMS = ("base", "base_rag", "tuned", "tuned_rag", "exported_rag")
 
 
 def main() -> None:
+    """Read the runs' reports and rewrite their sections."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

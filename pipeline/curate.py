@@ -15,21 +15,21 @@ then the shorter), near-duplicates and more than ``keep_per_question``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
-from domains.checks import load_checks
+from domains.checks import Check, load_checks
 from domains.domain import Domain
 from domains.errors import ConfigError, StageError
 from domains.jsonl import read_jsonl, write_jsonl
-from domains.records import Question, Rationale
+from domains.records import Passage, Question, Rationale, Rejection
 from pipeline.decontaminate import ExamGuard
 from pipeline.judge import Judge, keep_clear, select
 from pipeline.progress import Progress
 from pipeline.rows import Kept, Origin, RowBuilder
 from pipeline.run_folder import Report, Run, disk_errors, need
-from rag.index import open_index
+from rag.index import Index, open_index
 
 ORIGINS = get_args(Origin)
 HINTS = {
@@ -51,21 +51,66 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         StageError: an input is missing, or no rationale was kept (names the commonest reason).
         ConfigError: the domain has no questions, or a named check does not exist.
     """
-    from rag.retrieve import Retriever
+    from rag.embed import MiniLMEmbedder
 
-    config = domain.config
-    checks = load_checks(domain.folder, config.curate.checks)
+    checks = load_checks(domain.folder, domain.config.curate.checks)
     questions = read_questions(domain)
     rationales = read_jsonl(need(run.rationales, stage="elicit"), Rationale)
-    index = open_index(need(run.index, stage="index"))
-    guard = ExamGuard(
-        [question for question in questions if question.split == "exam"],
-        ngram=config.curate.decontaminate_ngram,
-        near_duplicate=config.curate.near_duplicate,
+    index = open_index(need(run.index, stage="index"), embedder=MiniLMEmbedder())
+    try:
+        guard = ExamGuard(
+            [question for question in questions if question.split == "exam"],
+            ngram=domain.config.curate.decontaminate_ngram,
+            near_duplicate=domain.config.curate.near_duplicate,
+        )
+        kept, rejected = _check(domain, questions, rationales, index.by_id, guard, checks, progress)
+        with disk_errors(run.folder):
+            write_jsonl(run.rejections, rejected)
+        reasons = Counter(rejection.reason for rejection in rejected)
+        require_some(kept, reasons, run.rejections)
+        unanswerable = [q for q in questions if q.kind == "unanswerable" and q.split == "seed"]
+        clear, contaminated = keep_clear(unanswerable, guard)
+        progress.start("writing training rows", 0)
+        rows, counts = _builder(domain, index).build(
+            kept,
+            clear,
+            retrieved_share=domain.config.curate.retrieved_share,
+            irrelevant_share=domain.config.curate.irrelevant_share,
+        )
+    finally:
+        index.close()
+    with disk_errors(run.folder):
+        write_jsonl(run.rejections, [*rejected, *contaminated])
+        write_jsonl(run.examples, rows)
+    progress.say(f"{len(kept)} of {len(rationales)} rationales kept, {len(rows)} training rows")
+    return Report(
+        counts={
+            "in": len(rationales),
+            "kept": len(kept),
+            "rejected": len(rejected),
+            **{f"reasons.{reason}": reasons[reason] for reason in sorted(reasons)},
+            "rows": len(rows),
+            **{f"{origin}_rows": counts.pop(f"{origin}_rows", 0) for origin in ORIGINS},
+            "unanswerable_contaminated": len(contaminated),
+            **{name: counts[name] for name in sorted(counts)},
+        },
+        facts={"exam_templates": guard.templates},
     )
+
+
+def _check(
+    domain: Domain,
+    questions: Sequence[Question],
+    rationales: Sequence[Rationale],
+    passages: Mapping[str, Passage],
+    guard: ExamGuard,
+    checks: Mapping[str, Check],
+    progress: Progress,
+) -> tuple[list[Kept], list[Rejection]]:
+    config = domain.config
     judge = Judge(
         {question.id: question for question in questions},
-        {passage.passage_id: passage for passage in index.passages},
+        passages,
         guard,
         checks,
         min_words=config.curate.min_words,
@@ -79,11 +124,13 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         near_duplicate=config.curate.near_duplicate,
         rationale_in_target=config.curate.rationale_in_target,
     )
-    rejected += surplus
-    reasons = Counter(rejection.reason for rejection in rejected)
-    with disk_errors(run.folder):
-        write_jsonl(run.rejections, rejected)
-    require_some(kept, reasons, run.rejections)
+    return kept, [*rejected, *surplus]
+
+
+def _builder(domain: Domain, index: Index) -> RowBuilder:
+    from rag.retrieve import Retriever
+
+    config = domain.config
     retriever = Retriever(
         index,
         candidates=config.retrieve.candidates,
@@ -91,38 +138,13 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         lexical_weight=config.retrieve.lexical_weight,
         dense_weight=config.retrieve.dense_weight,
     )
-    builder = RowBuilder(
+    return RowBuilder(
         system=domain.prompts["system"],
         abstain=config.domain.abstain,
         retrieve=lambda query, top_k: [hit.passage for hit in retriever.retrieve(query, top_k=top_k)],
         top_k=config.retrieve.top_k,
         rationale_in_target=config.curate.rationale_in_target,
         seed=config.curate.seed,
-    )
-    unanswerable = [q for q in questions if q.kind == "unanswerable" and q.split == "seed"]
-    clear, contaminated = keep_clear(unanswerable, guard)
-    rows, counts = builder.build(
-        kept,
-        clear,
-        retrieved_share=config.curate.retrieved_share,
-        irrelevant_share=config.curate.irrelevant_share,
-    )
-    with disk_errors(run.folder):
-        write_jsonl(run.rejections, [*rejected, *contaminated])
-        write_jsonl(run.examples, rows)
-    progress.say(f"{len(kept)} of {len(rationales)} rationales kept, {len(rows)} training rows")
-    return Report(
-        counts={
-            "in": len(rationales),
-            "kept": len(kept),
-            "rejected": len(rejected),
-            **{f"reasons.{reason}": count for reason, count in sorted(reasons.items())},
-            "rows": len(rows),
-            **{f"{origin}_rows": 0 for origin in ORIGINS},
-            "unanswerable_contaminated": len(contaminated),
-            **dict(sorted(counts.items())),
-        },
-        facts={"exam_templates": guard.templates},
     )
 
 

@@ -60,7 +60,7 @@ def new_domain(
         from pipeline.starter_questions import starter_questions
         from rag.load import load_documents
 
-        note, lines = STARTER_NOTE, to_lines(starter_questions(load_documents(docs)))
+        note, lines = STARTER_NOTE, to_lines(starter_questions(load_documents(docs).documents))
     else:
         note = _NO_DOCUMENTS_NOTE
     if docs is not None and not docs.exists():

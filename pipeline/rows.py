@@ -20,9 +20,10 @@ from typing import Literal, TypeVar
 
 from domains.records import Example, Message, Passage, Question, Rationale
 from domains.words import find_literal, squash
-from pipeline.verify import prose
+from pipeline.verify import as_shown, prose
 from pipeline.wording import recall
 from rag.answers import format_reply, parse_reply
+from rag.citations import check_quotes
 from rag.prompt import neutralise, render_question, student_messages
 
 # Of all rows; more teaches a small student to abstain from what it could answer.
@@ -62,14 +63,10 @@ def gold_quotes(question: Question, passages: Sequence[Passage]) -> list[Numbere
 
 
 def own_quotes(rationale: Rationale, passages: Sequence[Passage]) -> list[NumberedQuote]:
-    """The rationale's quotes that stand literally in the passage they name."""
-    found = []
-    for quote, number in parse_reply(rationale.text).quotes:
-        if 1 <= number <= len(passages):
-            literal = find_literal(quote, neutralise(passages[number - 1].text))
-            if literal is not None and (spoken := speakable(literal)):
-                found.append((spoken, number))
-    return list(dict.fromkeys(found))
+    """The rationale's quotes that stand in the passages, as they stand there, with the right numbers."""
+    citations, _ = check_quotes(parse_reply(rationale.text).quotes, as_shown(passages))
+    found = [(speakable(citation.quote), citation.number) for citation in citations]
+    return list(dict.fromkeys((quote, number) for quote, number in found if quote))
 
 
 def speakable(quote: str) -> str:

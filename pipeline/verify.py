@@ -16,6 +16,7 @@ from domains.words import numbers, squash
 from pipeline.wording import content_words, recall
 from rag.answers import is_abstention, parse_option, parse_reply, parse_yes_no
 from rag.citations import check_quotes
+from rag.prompt import neutralise
 from rag.words import words
 
 MIN_RECALL = 0.5
@@ -148,12 +149,18 @@ def _verify_open(question: Question, rationale: Rationale) -> Verdict:
     return PASS
 
 
+def as_shown(passages: Sequence[Passage]) -> list[Passage]:
+    """The passages with the text that a prompt shows: control tokens taken apart."""
+    return [passage.model_copy(update={"text": neutralise(passage.text)}) for passage in passages]
+
+
 def quotes_stand(rationale: Rationale, passages: Sequence[Passage]) -> Verdict:
-    """Every quote must stand literally in the passage whose number it gives (`rag.citations`)."""
+    """Every quote must stand in a passage that the teacher saw, word for word (`rag.citations`).
+
+    A right quote with a wrong number passes: the row is written with the right one.
+    """
     quotes = parse_reply(rationale.text).quotes
-    rejected = check_quotes(quotes, passages)[1] if quotes else []
+    rejected = check_quotes(quotes, as_shown(passages))[1] if quotes else []
     if not rejected:
         return PASS
-    return Verdict(
-        ok=False, reason="quote", detail=f"{rejected[0][:80]!r} does not stand in the passage it names"
-    )
+    return Verdict(ok=False, reason="quote", detail=f"{rejected[0][:80]!r} stands in no passage it was shown")

@@ -20,6 +20,7 @@ _ABSTENTIONS = re.compile(
     r"|\bcannot be (?:determined|answered) from\b",
     re.IGNORECASE,
 )
+ABSTENTION_CHARS = 200  # an abstention says so in its first characters; later hedging is part of an answer
 _LETTER = re.compile(
     r"^\W*(?:(?:option|the (?:correct |right |best )?(?:answer|option) is:?)\s+\(?([A-H])\b"
     r"|\(?([A-H])(?=\s*(?:$|[.):,\n])))",
@@ -58,11 +59,17 @@ def parse_reply(text: str) -> Reply:
     return Reply(rationale=rationale, quotes=quotes, answer=text[last.end() :].strip(), has_answer_line=True)
 
 
+def one_reply(text: str) -> str:
+    """``text`` up to a second ``Answer:`` line: a small model that goes on then repeats itself."""
+    marks = list(_ANSWER.finditer(text))
+    return text[: marks[1].start()] if len(marks) > 1 else text
+
+
 def is_abstention(answer: str, *, abstain: str) -> bool:
     """Whether ``answer`` says that it does not know: the domain's sentence, or words to that effect."""
     plain = " ".join(answer.split()).strip(' ".').lower()
     target = " ".join(abstain.split()).strip(' ".').lower()
-    return bool(plain) and (plain.startswith(target) or bool(_ABSTENTIONS.search(answer[:200])))
+    return bool(plain) and (plain.startswith(target) or bool(_ABSTENTIONS.search(answer[:ABSTENTION_CHARS])))
 
 
 def parse_option(answer: str, options: dict[str, str]) -> str | None:

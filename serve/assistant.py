@@ -5,15 +5,18 @@ The exam uses this very code, so that what is examined is what users get.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from domains.errors import ContextOverflow
 from domains.records import Answer, Citation, Hit, Message, Passage
-from rag.answers import is_abstention, parse_reply
+from rag.answers import is_abstention, one_reply, parse_reply
 from rag.citations import check_quotes, find_support
-from rag.prompt import student_messages
+from rag.prompt import neutralise, student_messages
 from serve.engine import Completion, Engine
+from serve.streaming import ReplyStream
 
 
 class Retrieves(Protocol):
@@ -25,15 +28,21 @@ class Retrieves(Protocol):
 
 @dataclass(frozen=True)
 class Asked:
-    """A question ready for the model: its tokens and the evidence shown with it."""
+    """A question ready for the model: its tokens and the evidence shown with it.
+
+    ``max_tokens`` is the most the reply may have, ``dropped_turns`` how many of the oldest turns of the
+    history were left out to make room.
+    """
 
     question: str
     tokens: list[int]
     hits: list[Hit]
+    max_tokens: int
+    dropped_turns: int = 0
 
 
 class Assistant:
-    """Answers questions from a model and, where there is one, a retriever.
+    """Answers questions from a model and, where there is one, a retriever. Threads may share it.
 
     Args:
         engine: the model.
@@ -63,22 +72,54 @@ class Assistant:
         self._top_k = top_k
         self._max_tokens = max_tokens
         self._withdraw = withdraw_unsupported
+        self._retrieving = threading.Lock()  # stores and stemmers need not be safe to share
 
-    def prepare(self, question: str, *, query: str | None = None, history: Sequence[Message] = ()) -> Asked:
+    def prepare(
+        self,
+        question: str,
+        *,
+        query: str | None = None,
+        history: Sequence[Message] = (),
+        max_tokens: int | None = None,
+        drop_old_turns: bool = False,
+    ) -> Asked:
         """Find evidence and render the prompt.
 
         Args:
             question: as shown to the model, with options if any.
             query: as given to the retriever; the question itself when None.
-            history: earlier turns, oldest first; they stand before the question, without evidence.
+            history: earlier turns, oldest first (untrusted); they stand before the question, without
+                evidence.
+            max_tokens: most tokens of the reply; never more than the assistant's own limit.
+            drop_old_turns: leave out the oldest turns, two at a time, where they do not all fit.
 
         Raises:
-            ContextOverflow: prompt and reply do not fit; says how many tokens are too many.
+            ContextOverflow: prompt and reply do not fit; says how many tokens there are and may be.
         """
-        hits = self.retriever.retrieve(query or question, top_k=self._top_k) if self.retriever else []
-        messages = student_messages(self._system, question, [hit.passage for hit in hits])
-        rendered = self.engine.render([messages[0], *history, *messages[1:]])
-        return Asked(question=question, tokens=self.engine.tokenize(rendered), hits=hits)
+        limit = min(max_tokens or self._max_tokens, self._max_tokens)
+        hits = self._find(query or question)
+        dropped = 0
+        while True:
+            tokens = self._prompt(question, hits, history[dropped:])
+            try:
+                self.engine.check_fits(len(tokens), limit)
+            except ContextOverflow:
+                if not drop_old_turns or dropped >= len(history):
+                    raise
+                dropped = min(dropped + 2, len(history))
+            else:
+                return Asked(question, tokens, hits, limit, dropped)
+
+    def _find(self, query: str) -> list[Hit]:
+        if self.retriever is None:
+            return []
+        with self._retrieving:
+            return self.retriever.retrieve(query, top_k=self._top_k)
+
+    def _prompt(self, question: str, hits: Sequence[Hit], history: Sequence[Message]) -> list[int]:
+        system, *turn = student_messages(self._system, question, [hit.passage for hit in hits])
+        earlier = [Message(role=old.role, content=neutralise(old.content)) for old in history]
+        return self.engine.tokenize(self.engine.render([system, *earlier, *turn]))
 
     def ask(self, question: str, *, query: str | None = None, history: Sequence[Message] = ()) -> Answer:
         """Answer one question.
@@ -90,28 +131,52 @@ class Assistant:
 
     def ask_many(self, asked: Sequence[Asked]) -> list[Answer]:
         """Answer prepared questions together; greedy, in the given order."""
-        completions = self.engine.generate([item.tokens for item in asked], max_tokens=self._max_tokens)
+        if not asked:
+            return []
+        limit = max(item.max_tokens for item in asked)
+        completions = self.engine.generate([item.tokens for item in asked], max_tokens=limit)
         return [self.judge(item, completion) for item, completion in zip(asked, completions, strict=True)]
 
     def stream(self, asked: Asked, *, temperature: float = 0.0, seed: int = 0) -> Iterator[str | Answer]:
-        """The model's text in pieces as it writes, then the checked `Answer`."""
-        pieces = []
-        for piece in self.engine.stream(
-            asked.tokens, max_tokens=self._max_tokens, temperature=temperature, seed=seed
-        ):
-            pieces.append(piece)
-            yield piece
-        text = "".join(pieces)
-        tokens = len(self.engine.tokenize(text)) if text else 0
-        yield self.judge(asked, Completion(text, [0] * tokens, len(asked.tokens), "stop"))
+        """The answer's text in pieces as soon as they are certain, then the checked `Answer`.
+
+        The pieces are together exactly ``Answer.text``; nothing is shown that is withdrawn later (see
+        `serve.streaming`). Pieces may be empty: the model wrote something that can't be shown yet.
+        Closing the iterator stops the model.
+        """
+        live = ReplyStream(
+            [hit.passage for hit in asked.hits], abstain=self._abstain, withdraw_unsupported=self._withdraw
+        )
+        completion = yield from self._write(asked, live, temperature, seed)
+        answer = self.judge(asked, completion)
+        yield live.rest(answer.text)
+        yield answer
+
+    def _write(
+        self, asked: Asked, live: ReplyStream, temperature: float, seed: int
+    ) -> Generator[str, None, Completion]:
+        writing = self.engine.stream(
+            asked.tokens, max_tokens=asked.max_tokens, temperature=temperature, seed=seed
+        )
+        try:
+            while not live.over:
+                yield live.feed(next(writing))
+        except StopIteration as end:
+            completion: Completion = end.value
+            return completion
+        finally:
+            writing.close()
+        # Stopped where the reply began to repeat itself.
+        tokens = self.engine.tokenize(live.text)[self.engine.adds_bos :]
+        return Completion(live.text, tokens, len(asked.tokens), "stop")
 
     def judge(self, asked: Asked, completion: Completion) -> Answer:
         """Check a completion against the evidence it was shown."""
         passages = [hit.passage for hit in asked.hits]
-        reply = parse_reply(completion.text)
+        reply = parse_reply(one_reply(completion.text))
         citations, rejected = check_quotes(reply.quotes, passages)
         text = reply.answer
-        abstained = is_abstention(text, abstain=self._abstain)
+        abstained = not text or is_abstention(text, abstain=self._abstain)
         if not abstained and passages and not citations:
             citations = _found_support(asked.question, text, reply.rationale, passages)
         supported = bool(citations) and not abstained
@@ -132,9 +197,7 @@ class Assistant:
         )
 
 
-def _found_support(
-    question: str, answer: str, rationale: str, passages: Sequence[Passage]
-) -> list[Citation]:
+def _found_support(question: str, answer: str, rationale: str, passages: Sequence[Passage]) -> list[Citation]:
     """A passage sentence that carries the answer; a short answer is read together with its question."""
     claim = answer if len(answer.split()) >= 4 else f"{question} {rationale} {answer}"
     citation = find_support(claim, passages)

@@ -469,6 +469,8 @@ class Engine:
         if len(tokens) > self.context:
             raise ContextOverflow(f"{len(tokens)} tokens", expected=f"at most {self.context}, the context")
         with self._lock:
+            if self._closed:
+                raise _closed_error()
             slot = next((slot for slot in self._slots if slot.job is None), None)
             if slot is None:
                 raise ModelError("every sequence is busy", expected="an idle engine for scoring")

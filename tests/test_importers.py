@@ -9,8 +9,13 @@ from domains.domain import load_domain
 from domains.errors import DataError
 from domains.jsonl import read_jsonl
 from domains.records import Document, Question
-from pipeline.importers import FORMATS, Imported, available_formats, import_set
+from pipeline import importers
+from pipeline.importers import FORMATS, Imported, available_formats
 from pipeline.importers.quotes import best_sentence, lead, locate, shorten
+
+
+def import_set(*args, **options) -> Imported:
+    return Imported(**importers.import_set(*args, **options))
 
 
 def write_lines(path: Path, rows: list[dict]) -> Path:
@@ -263,7 +268,7 @@ MCQ = {
 )
 def test_mcq_shapes(tmp_path, row, base):
     source = write_lines(tmp_path / "rows.jsonl", [row])
-    result = import_set("mcq", source, into=tmp_path / "out", option_base=base)
+    result = import_set("mcq", source, into=tmp_path / "out", cop_base=base)
     _, questions = check_invariants(tmp_path / "out", result)
     assert questions[0].options == MCQ["options"]
     assert questions[0].answer == "B"
@@ -273,9 +278,9 @@ def test_mcq_number_needs_its_base_and_its_range(tmp_path):
     source = write_lines(tmp_path / "rows.jsonl", [{**MCQ, "answer": 2}])
     with pytest.raises(DataError, match="number 2") as caught:
         import_set("mcq", source, into=tmp_path / "out")
-    assert "--option-base" in caught.value.next_step
+    assert "--cop-base" in caught.value.next_step
     with pytest.raises(DataError, match=r"rows.jsonl:1: 'answer'"):
-        import_set("mcq", source, into=tmp_path / "out", option_base=0)
+        import_set("mcq", source, into=tmp_path / "out", cop_base=0)
     assert not (tmp_path / "out").exists()
 
 
@@ -332,7 +337,8 @@ def test_jsonl_with_documents_beside(tmp_path):
         into=tmp_path / "out",
         documents=Path("docs/dev.jsonl"),
         questions=Path("qa/dev.jsonl"),
-        fields={"doc_id": "id", "question": "question_in_context", "about": "doc_id"},
+        fields=["question=question_in_context", "about=doc_id"],
+        document_fields=["doc_id=id"],
     )
     _, questions = check_invariants(tmp_path / "out", result)
     by_id = {question.id: question for question in questions}

@@ -42,7 +42,7 @@ def doses(text: str) -> set[tuple[str, str]]:
     return found
 
 
-def no_invented_doses(question: Question, rationale: Rationale, passages: Sequence[Passage]) -> Verdict:
+def dose_in_passages(question: Question, rationale: Rationale, passages: Sequence[Passage]) -> Verdict:
     """Rejects a rationale that states a number with a dose unit which no passage (or the question) states."""
     known = doses("\n".join([question.question, *(passage.text for passage in passages)]))
     invented = sorted(doses(f"{rationale.text}\n{rationale.answer}") - known)

@@ -32,7 +32,7 @@ def _figures(text: str) -> set[str]:
     return found | numbers(_DATE.sub(" ", text))
 
 
-def no_invented_figures(question: Question, rationale: Rationale, passages: Sequence[Passage]) -> Verdict:
+def numbers_in_passages(question: Question, rationale: Rationale, passages: Sequence[Passage]) -> Verdict:
     """Rejects a number, percentage, metric or date that stands neither in the passages nor in the question."""
     asked = [question.question, *(question.options or {}).values()]
     known = _figures("\n".join([*asked, *(f"{p.title}\n{p.heading}\n{p.text}" for p in passages)]))

@@ -11,13 +11,15 @@ import difflib
 import importlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from domains.errors import DataError
 from domains.records import Document, Question
-from pipeline.importers.reading import Draft, Options, Reading
+from pipeline.importers.reading import Options, Reading
 from pipeline.importers.split import assign_split, drop_duplicates, hold_out, shorten_answers, take
 from pipeline.new import check_new, domain_files, plain_name, to_lines, write_folder
 
@@ -40,6 +42,9 @@ FORMATS: dict[str, Format] = {
     "medquad": Format("medquad", "MedQuAD rows, or its original folder of XML files", hold_out=0.15),
     "pubmedqa": Format("pubmedqa", "PubMedQA rows, or the original ori_pqal.json"),
 }
+
+
+NOTE_HELD_OUT = "Unanswerable questions: all documents of their topic were left out, and no other document names the topic."
 
 
 @dataclass(frozen=True)
@@ -75,27 +80,29 @@ def import_set(
     source: Path,
     *,
     into: Path,
-    fields: Mapping[str, str] | None = None,
+    fields: Mapping[str, str] | Sequence[str] = (),
+    document_fields: Mapping[str, str] | Sequence[str] = (),
     documents: Path | None = None,
     questions: Path | None = None,
-    option_base: int | None = None,
+    cop_base: int | None = None,
     limit: int = 0,
     hold_out_share: float | None = None,
     seed_share: float = 0.6,
     seed: int = 0,
     title: str = "",
-) -> Imported:
+) -> dict[str, Any]:
     """Read a public set and write it to ``into`` as a domain; the folder appears whole or not at all.
 
     Args:
         format_name: one of `available_formats`.
         source: a file or folder, as the format wants it.
         into: the new domain's folder; its name becomes the domain's name.
-        fields: our field → the source's key, for sources that name things otherwise.
-        documents: documents apart from the questions (``jsonl``: relative to a source that is a folder;
-            ``mcq``: a folder that the new domain points to).
+        fields: our field → the source's key, for sources that name things otherwise; or ``OURS=THEIRS``.
+        document_fields: the same for ``documents``, where the format has them apart (``jsonl``).
+        documents: documents apart from the questions (``jsonl``: a file or folder, also one below a
+            source that is a folder; ``mcq``: a folder that the new domain points to).
         questions: the questions' file, where the source is a folder (``jsonl``).
-        option_base: number of the first option where answers are numbers (``mcq``).
+        cop_base: number of the first option where answers are numbers (``mcq``).
         limit: at most so many questions, of whole documents where possible; documents that none of them
             is about are left out too (0 = all).
         hold_out_share: share of questions to make unanswerable by leaving out their topic's documents;
@@ -104,57 +111,70 @@ def import_set(
         seed: decides order and split.
         title: the domain's title; the folder's name where empty.
 
+    Returns:
+        What ``import.json`` holds, see `Imported`.
+
     Raises:
         DataError: the format is unknown, ``into`` exists, or the source is wrong (file, line, key).
     """
-    _check_target(format_name, fields or {}, into)
+    module = _module(format_name)
+    own_fields = _field_map(fields, module.FIELDS, "--field", format_name)
+    known = getattr(module, "DOCUMENT_FIELDS", ())
+    their_fields = _field_map(document_fields, known, "--document-field", format_name)
+    check_new(into)
     kind = FORMATS[format_name]
-    module = importlib.import_module(f"pipeline.importers.{kind.module}")
-    options = Options(dict(fields or {}), documents, questions, option_base)
+    options = Options(own_fields, their_fields, documents, questions, cop_base)
     reading: Reading = module.read(source, options)
-    skipped, changed = Counter(reading.skipped), Counter(reading.changed)
-    rows = len(reading.drafts) + reading.skipped.total()
-    drafts = drop_duplicates(shorten_answers(reading.drafts, skipped, changed), skipped)
-    skipped_documents = Counter(reading.skipped_documents)
-    kept_documents = reading.documents
-    if limit:
-        taken = take(drafts, limit=limit, seed=seed)
-        skipped["over the limit"] += len(drafts) - len(taken)
-        drafts = taken
-        kept_documents = _about_only(drafts, reading.documents)
-        skipped_documents["over the limit"] += len(reading.documents) - len(kept_documents)
     share = kind.hold_out if hold_out_share is None else hold_out_share
-    notes = [*reading.notes]
-    if share:
-        before = len(kept_documents)
-        drafts, kept_documents = hold_out(drafts, kept_documents, share=share, seed=seed)
-        skipped_documents["held out: their questions are unanswerable"] += before - len(kept_documents)
-        notes.append(
-            "Unanswerable questions: all documents of their topic were left out, and no other names the topic."
-        )
-    _need_questions(drafts, skipped, source)
-    made = assign_split(drafts, seed=seed, seed_share=seed_share)
+    kept = _choose(reading, limit=limit, hold_out_share=share, seed=seed)
+    _need_questions(kept, source)
+    made = assign_split(kept.drafts, seed=seed, seed_share=seed_share)
     result = Imported(
         format=format_name,
         source=source.name,
         seed=seed,
-        rows=rows,
+        rows=len(reading.drafts) + reading.skipped.total(),
         questions=len(made),
-        skipped=dict(sorted((+skipped).items())),
+        skipped=_sorted(kept.skipped),
         document_rows=len(reading.documents) + reading.skipped_documents.total(),
-        documents=len(kept_documents),
-        skipped_documents=dict(sorted((+skipped_documents).items())),
-        splits=dict(sorted(Counter(question.split for question in made).items())),
-        kinds=dict(sorted(Counter(question.kind for question in made).items())),
-        changed=dict(sorted((+changed).items())),
-        notes=notes,
-        fields=dict(sorted((fields or {}).items())),
+        documents=len(kept.documents),
+        skipped_documents=_sorted(kept.skipped_documents),
+        splits=_sorted(Counter(question.split for question in made)),
+        kinds=_sorted(Counter(question.kind for question in made)),
+        changed=_sorted(kept.changed),
+        notes=[*kept.notes],
+        fields={**own_fields, **{f"document.{ours}": theirs for ours, theirs in their_fields.items()}},
     )
-    _write(result, kept_documents, made, into=into, title=title, folder=documents)
-    return result
+    _write(result, kept.documents, made, into=into, title=title, folder=documents)
+    return asdict(result)
 
 
-def _check_target(format_name: str, fields: Mapping[str, str], into: Path) -> None:
+def _choose(reading: Reading, *, limit: int, hold_out_share: float, seed: int) -> Reading:
+    """The same set without duplicates, shortened, limited, and with topics held out."""
+    skipped, skipped_documents = Counter(reading.skipped), Counter(reading.skipped_documents)
+    changed, notes = Counter(reading.changed), reading.notes
+    drafts = drop_duplicates(shorten_answers(reading.drafts, skipped, changed), skipped)
+    documents = reading.documents
+    if limit:
+        taken = take(drafts, limit=limit, seed=seed)
+        wanted = {draft.about for draft in taken}
+        near = [document for document in documents if document.doc_id in wanted]
+        skipped["over the limit"] += len(drafts) - len(taken)
+        skipped_documents["over the limit"] += len(documents) - len(near)
+        drafts, documents = taken, near
+    if hold_out_share:
+        before = len(documents)
+        drafts, documents = hold_out(drafts, documents, share=hold_out_share, seed=seed)
+        skipped_documents["held out: their questions are unanswerable"] += before - len(documents)
+        notes += (NOTE_HELD_OUT,)
+    return Reading(documents, drafts, skipped, skipped_documents, changed, notes)
+
+
+def _sorted(counts: Counter[str]) -> dict[str, int]:
+    return {name: counts[name] for name in sorted(counts) if counts[name]}
+
+
+def _module(format_name: str) -> ModuleType:
     if format_name not in FORMATS:
         close = difflib.get_close_matches(format_name, FORMATS, n=1)
         raise DataError(
@@ -162,30 +182,39 @@ def _check_target(format_name: str, fields: Mapping[str, str], into: Path) -> No
             expected=(f"did you mean {close[0]!r}? " if close else "") + f"one of: {', '.join(FORMATS)}",
             next_step="for anything else, make it JSONL: preceptor import jsonl SOURCE --field question=KEY …",
         )
-    known = importlib.import_module(f"pipeline.importers.{FORMATS[format_name].module}").FIELDS
-    for name in fields:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+    return importlib.import_module(f"pipeline.importers.{FORMATS[format_name].module}")
+
+
+def _field_map(
+    given: Mapping[str, str] | Sequence[str], known: Sequence[str], flag: str, format_name: str
+) -> dict[str, str]:
+    """The field map, with every name of ours known to the format."""
+    if isinstance(given, Mapping):
+        fields = dict(given)
+    else:
+        pairs = [item.partition("=") for item in given]
+        fields = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    for ours, theirs in fields.items():
+        if ours not in known or not theirs:
+            close = difflib.get_close_matches(ours, known, n=1)
             raise DataError(
-                f"--field {name}={fields[name]}: format {format_name!r} has no field {name!r}",
-                expected=(f"did you mean {close[0]!r}? " if close else "") + f"one of: {', '.join(known)}",
-                next_step="--field OUR_NAME=KEY_IN_THE_SOURCE",
+                f"{flag} {ours}={theirs}: format {format_name!r} has no field {ours!r}"
+                if ours not in known
+                else f"{flag} {ours}: no key of the source is named",
+                expected=(f"did you mean {close[0]!r}? " if close else "")
+                + f"one of: {', '.join(known) or 'none'}",
+                next_step=f"{flag} OURS=THEIRS, the key in the source on the right",
             )
-    check_new(into)
+    return fields
 
 
-def _about_only(drafts: list[Draft], documents: list[Document]) -> list[Document]:
-    wanted = {draft.about for draft in drafts}
-    return [document for document in documents if document.doc_id in wanted]
-
-
-def _need_questions(drafts: list[Draft], skipped: Counter[str], source: Path) -> None:
-    if drafts:
+def _need_questions(kept: Reading, source: Path) -> None:
+    if kept.drafts:
         return
-    worst = skipped.most_common(1)
+    worst = kept.skipped.most_common(1)
     why = f"most common reason: {worst[0][0]} ({worst[0][1]})" if worst else "it has no rows"
     raise DataError(
-        f"{source}: 0 of {skipped.total()} questions kept; {why}",
+        f"{source}: 0 of {kept.skipped.total()} questions kept; {why}",
         expected="at least one usable question",
         next_step="check the format and the field names (--field OUR_NAME=KEY)",
     )

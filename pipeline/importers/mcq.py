@@ -38,7 +38,7 @@ def read(source: Path, options: Options) -> Reading:
     """Questions of kind ``options``; explanations or contexts become documents.
 
     Raises:
-        DataError: options or answer can't be made out (names the row, and --option-base where it decides).
+        DataError: options or answer can't be made out (names the row, and --cop-base where it decides).
     """
     documents: dict[str, Document] = {}
     drafts: list[Draft] = []
@@ -50,7 +50,7 @@ def read(source: Path, options: Options) -> Reading:
         if not stem or len(choices) < 2 or not all(choices.values()):
             skipped["empty question or option"] += 1
             continue
-        letter = _letter(row, choices, options.option_base)
+        letter = _letter(row, choices, options.cop_base)
         if letter is None:
             skipped["no answer given"] += 1
             continue
@@ -134,12 +134,12 @@ def _letter(row: Row, choices: dict[str, str], base: int | None) -> str | None:
         raise DataError(
             f"{row.where}: the answer is the number {said}",
             expected="to know whether the first option is 0 or 1 (MedMCQA's cop: 1 in its files, 0 on some hubs)",
-            next_step="add --option-base 0 or --option-base 1",
+            next_step="add --cop-base 0 or --cop-base 1",
         )
     index = int(said) - base
     if not 0 <= index < len(choices):
         raise row.wrong(
-            "answer", value, f"a number from {base} to {len(choices) - 1 + base} (--option-base {base})"
+            "answer", value, f"a number from {base} to {len(choices) - 1 + base} (--cop-base {base})"
         )
     return [*choices][index]
 

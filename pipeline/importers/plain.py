@@ -13,9 +13,8 @@ from pipeline.importers.quotes import locate
 from pipeline.importers.reading import Draft, Options, Reading
 from pipeline.importers.rows import Row, read_rows, the_file
 
-QUESTION_FIELDS = ("id", "question", "answer", "about", "answerable", "options", "document", "title")
+FIELDS = ("id", "question", "answer", "about", "answerable", "options", "document", "title")
 DOCUMENT_FIELDS = ("doc_id", "title", "text", "url")
-FIELDS = tuple(dict.fromkeys((*QUESTION_FIELDS, *DOCUMENT_FIELDS)))
 _YES_NO = {"yes": "yes", "no": "no", "maybe": "maybe", "true": "yes", "false": "no"}
 
 
@@ -33,7 +32,7 @@ def read(source: Path, options: Options) -> Reading:
     drafts: list[Draft] = []
     skipped: Counter[str] = Counter()
     changed: Counter[str] = Counter()
-    for row in read_rows(questions_file, fields=_only(options, QUESTION_FIELDS)):
+    for row in read_rows(questions_file, fields=options.fields):
         about = _about(row, documents, documents_file)
         if about is None:
             skipped["document is empty"] += 1
@@ -47,21 +46,20 @@ def read(source: Path, options: Options) -> Reading:
     return Reading([*documents.values()], drafts, skipped, skipped_documents, changed, notes)
 
 
-def _only(options: Options, names: tuple[str, ...]) -> dict[str, str]:
-    return {name: key for name, key in options.fields.items() if name in names}
-
-
 def _places(source: Path, options: Options) -> tuple[Path, Path | None]:
     """The questions' and the documents' file; relative paths start at a source that is a folder."""
-    base = source if source.is_dir() else Path()
-    documents = base / options.documents if options.documents else None
+    documents = _below(source, options.documents) if options.documents else None
     if options.questions is not None:
-        questions = base / options.questions
+        questions = _below(source, options.questions)
     elif source.is_dir() and documents is None and (source / "documents.jsonl").is_file():
         return the_file(source / "questions.jsonl"), source / "documents.jsonl"
     else:
         questions = the_file(source, preferred=("questions.jsonl",))
     return questions, documents
+
+
+def _below(source: Path, path: Path) -> Path:
+    return source / path if source.is_dir() and not path.exists() else path
 
 
 def _documents(path: Path, options: Options, skipped: Counter[str]) -> dict[str, Document]:
@@ -72,9 +70,9 @@ def _documents(path: Path, options: Options, skipped: Counter[str]) -> dict[str,
     if path.is_dir():
         from rag.load import load_documents
 
-        return {document.doc_id: document for document in load_documents(path)}
+        return {document.doc_id: document for document in load_documents(path).documents}
     documents: dict[str, Document] = {}
-    for row in read_rows(path, fields=_only(options, DOCUMENT_FIELDS)):
+    for row in read_rows(path, fields=options.document_fields):
         doc_id, text = row.text("doc_id"), row.text("text")
         if not text:
             skipped["empty text"] += 1

@@ -35,15 +35,17 @@ class Options:
 
     Attributes:
         fields: our field name → the source's key (or column).
+        document_fields: the same for documents that lie apart.
         documents: file or folder with documents, where the format has them apart.
         questions: file with questions, where the source is a folder.
-        option_base: number of the first option where the answer is a number (0 or 1).
+        cop_base: number of the first option where the answer is a number (0 or 1).
     """
 
     fields: Mapping[str, str] = field(default_factory=dict)
+    document_fields: Mapping[str, str] = field(default_factory=dict)
     documents: Path | None = None
     questions: Path | None = None
-    option_base: int | None = None
+    cop_base: int | None = None
 
 
 @dataclass(frozen=True)
