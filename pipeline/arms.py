@@ -17,12 +17,12 @@ from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
-from domains.errors import DataError
+from domains.errors import ContextOverflow, DataError
 from domains.jsonl import read_jsonl, write_jsonl
 from domains.records import Answer, Hit, Question, Record
 from pipeline.progress import Progress
 from rag.prompt import render_question
-from serve.assistant import Assistant, Retrieves
+from serve.assistant import Asked, Assistant, Retrieves
 from serve.engine import Engine
 from serve.models import sha256_file
 
@@ -85,7 +85,7 @@ class Remembered:
 def ask_arms(
     arms: Sequence[Arm],
     questions: Sequence[Question],
-    retriever: Retrieves,
+    retriever: Remembered,
     conditions: Conditions,
     *,
     folder: Path,
@@ -105,6 +105,10 @@ def ask_arms(
         open_engine: loads a model file.
         progress: one bar per arm.
     """
+    progress.start("exam: retrieval", len(questions))
+    for question in questions:  # so that the bars below show the models' work only
+        retriever.retrieve(question.question, top_k=conditions.top_k)
+        progress.advance()
     rows = {}
     for model, group in groupby(arms, key=lambda arm: arm.model):
         digest = sha256_file(model)
@@ -167,20 +171,28 @@ def _ask_chunk(
         max_tokens=conditions.max_tokens,
         withdraw_unsupported=conditions.withdraw_unsupported,
     )
-    asked = [assistant.prepare(render_question(item), query=item.question) for _, item in chunk]
-    fits = [len(item.tokens) + conditions.max_tokens <= engine.context for item in asked]
+    asked = [_prepare(assistant, question) for _, question in chunk]
     begin = time.perf_counter()
-    answers = iter(assistant.ask_many([item for item, fit in zip(asked, fits, strict=True) if fit]))
-    seconds = round((time.perf_counter() - begin) / max(sum(fits), 1), 4)
+    answers = iter(assistant.ask_many([item for item in asked if item]))
+    elapsed = time.perf_counter() - begin
+    seconds = round(elapsed / max(1, sum(item is not None for item in asked)), 4)
     return [
         Row(
             key=key,
             question_id=question.id,
-            seconds=seconds if fit else 0.0,
-            answer=next(answers) if fit else None,
+            seconds=seconds if item else 0.0,
+            answer=next(answers) if item else None,
         )
-        for (key, question), fit in zip(chunk, fits, strict=True)
+        for (key, question), item in zip(chunk, asked, strict=True)
     ]
+
+
+def _prepare(assistant: Assistant, question: Question) -> Asked | None:
+    """The prompt, or None where it does not fit: that is counted, and nothing is cut to make it fit."""
+    try:
+        return assistant.prepare(render_question(question), query=question.question)
+    except ContextOverflow:
+        return None
 
 
 def _row_key(

@@ -42,13 +42,21 @@ def student_file(kind: GgufType, *, served: GgufType) -> str:
     return "student.gguf" if kind == served else f"student-{kind}.gguf"
 
 
-def open_bundle(bundle: Path) -> None:
-    """Begin to (re)write a bundle: without a manifest nobody takes a half-written one for whole."""
+def open_bundle(bundle: Path, *, keep: Sequence[str]) -> None:
+    """Begin to (re)write a bundle: without a manifest nobody takes a half-written one for whole.
+
+    Reports on the students before, and students in formats that are no longer wanted, go.
+
+    Args:
+        bundle: the folder; made when missing.
+        keep: the students' file names that are about to be written; the old ones stay until then.
+    """
     bundle.mkdir(parents=True, exist_ok=True)
-    (bundle / MANIFEST).unlink(missing_ok=True)
-    (bundle / "parity.json").unlink(missing_ok=True)
+    for name in (MANIFEST, "parity.json", "report.json", "report.html"):
+        (bundle / name).unlink(missing_ok=True)
     for path in bundle.glob("student*.gguf"):
-        path.unlink()
+        if path.name not in keep:
+            path.unlink()
 
 
 def close_bundle(

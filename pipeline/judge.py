@@ -67,7 +67,7 @@ class Judge:
         return verdict if not verdict.ok else Kept(question, rationale, passages)
 
     def _check(self, question: Question, rationale: Rationale, passages: list[Passage]) -> Verdict:
-        verdict = check_form(rationale.text, min_words=self.min_words, max_words=self.max_words)
+        verdict = check_form(rationale, min_words=self.min_words, max_words=self.max_words)
         verdict = verdict if not verdict.ok else verify(question, rationale)
         verdict = verdict if not verdict.ok else quotes_stand(rationale, passages)
         if not verdict.ok:

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 from domains.records import Answer, Citation, Hit, Passage, Question
 from domains.words import find_literal
-from rag.answers import is_abstention, parse_option, parse_reply, parse_yes_no
+from rag.answers import is_abstention, one_reply, parse_option, parse_reply, parse_yes_no
 from rag.citations import check_quotes
 
 Mark = tuple[float, float]
@@ -231,7 +231,7 @@ def _mark_evidence(question: Question, answer: Answer, gold: Sequence[Gold]) -> 
     if not passages:
         return {}
     marks: dict[str, Mark] = {}
-    if quotes := parse_reply(answer.raw).quotes:
+    if quotes := parse_reply(one_reply(answer.raw)).quotes:
         _, rejected = check_quotes(quotes, passages)
         marks["quote_validity"] = (len(quotes) - len(rejected), len(quotes))
     if question.kind != "unanswerable" and (not gold or len(gold) < len(question.gold)):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from domains.records import Example, Message, Passage, Question, Rationale
-from domains.words import find_literal, squash
+from domains.words import find_literal, numbers, squash
 from pipeline.verify import as_shown, prose
 from pipeline.wording import recall
 from rag.answers import format_reply, parse_reply
@@ -110,7 +110,10 @@ def may_answer(question: Question, passages: Sequence[Passage]) -> bool:
         homes = {question.about, *(gold.doc_id for gold in question.gold)}
         return any(passage.doc_id in homes for passage in passages)
     wanted = question.options[question.answer or ""] if question.options else question.answer or ""
-    return any(recall(wanted, passage.text) >= _ANSWERED_RECALL for passage in passages)
+    return any(
+        numbers(wanted) <= numbers(passage.text) and recall(wanted, passage.text) >= _ANSWERED_RECALL
+        for passage in passages
+    )
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,10 @@ STAGES = (
         writes=("index",),
         sections=("corpus", "index"),
         prompts=(),
-        code=("pipeline.index", "rag.load", "rag.passages", "rag.embed", "rag.lexical", "rag.index"),
+        code=(
+            *("pipeline.index", "rag.load", "rag.formats", "rag.html", "rag.jats", "rag.passages", "rag.words"),
+            *("rag.embed", "rag.bert", "rag.lexical", "rag.index", "rag.update", "rag.manifest"),
+        ),
     ),
     Stage(
         name="elicit",
@@ -98,7 +101,7 @@ def paths_of(what: str, domain: Domain, run: Run) -> list[Path]:
         "documents": [domain.documents],
         "questions": [domain.questions],
         "checks": [domain.folder / "checks.py"],
-        "index": [run.index / "passages.jsonl", run.index / "index.json"],
+        "index": [run.index / "index.json"],
         "rationales": [run.rationales],
         "examples": [run.examples],
         "rejections": [run.rejections],

@@ -13,7 +13,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from domains.errors import DataError
@@ -50,7 +50,8 @@ def starter_questions(
     Raises:
         DataError: no section of any document holds a sentence that can be quoted.
     """
-    sections = {document.doc_id: _sections(document, documents) for document in documents}
+    rarity = _rarity(documents)
+    sections = {document.doc_id: _sections(document, rarity) for document in documents}
     drafts: list[Draft] = []
     for document in documents:
         order = seeded_order((section.heading for section in sections[document.doc_id]), seed=seed)
@@ -70,14 +71,14 @@ def starter_questions(
     return assign_split(drafts, seed=seed, seed_share=seed_share)
 
 
-def _sections(document: Document, documents: Sequence[Document]) -> list[_Section]:
+def _sections(document: Document, rarity: Mapping[str, float]) -> list[_Section]:
     marks = [*_HEADING.finditer(document.text)]
     found = []
-    for mark, following in zip(marks, [*marks[1:], None], strict=True):
-        body = document.text[mark.end() : following.start() if following else len(document.text)]
+    ends = [*(mark.start() for mark in marks[1:]), len(document.text)]
+    for mark, end in zip(marks, ends, strict=False):
+        body = document.text[mark.end() : end]
         found.append(_Section(document, squash(_MARKUP.sub(r"\1", mark[1])), body.strip()))
     if not found:
-        rarity = _rarity(documents)
         paragraphs = [part.strip() for part in re.split(r"\n\s*\n", document.text)]
         found = [_Section(document, _topic(part, document.title, rarity), part) for part in paragraphs]
     kept: dict[str, _Section] = {}
@@ -92,7 +93,7 @@ def _rarity(documents: Sequence[Document]) -> dict[str, float]:
     return {word: math.log(1 + len(documents) / count) for word, count in counts.items()}
 
 
-def _topic(paragraph: str, title: str, rarity: dict[str, float]) -> str:
+def _topic(paragraph: str, title: str, rarity: Mapping[str, float]) -> str:
     """The paragraph's two words with the highest count times rarity, in the order they first occur."""
     known = content_words(title)
     tokens = [word for word in words(paragraph) if len(word) > 3 and not word.isdigit()]

@@ -22,6 +22,7 @@ from rag.words import words
 MIN_RECALL = 0.5
 # The teacher's short answer may be terser than the reference.
 MIN_ANSWER_RECALL = 1 / 3
+MIN_DECIDING_RECALL = 1 / 3
 _END = re.compile(r"[.!?…:;)\]\"”’'*]$")
 _NAMES_LETTER = re.compile(
     r"\b(?:option|choice|answer)s?(?:\s+(?:is|was|would be))?\s*:?\s*\(?([A-H])\)?(?![\w'’-])|\(([A-H])\)"
@@ -46,10 +47,16 @@ def prose(text: str) -> str:
     return plain.strip()
 
 
-def check_form(text: str, *, min_words: int, max_words: int) -> Verdict:
+def stated_answer(rationale: Rationale) -> str:
+    """The answer that the teacher gave on a line of its own; empty where it wrote only an explanation."""
+    answer, text = squash(rationale.answer).lower(), squash(rationale.text).lower()
+    return "" if answer.endswith(text) else rationale.answer
+
+
+def check_form(rationale: Rationale, *, min_words: int, max_words: int) -> Verdict:
     """Empty, too short, too long, or broken off in the middle of a sentence."""
-    reply = parse_reply(text)
-    own = prose(text)
+    reply = parse_reply(rationale.text)
+    own = prose(rationale.text)
     said = " ".join([*(quote for quote, _ in reply.quotes), own])
     if not words(said):
         return Verdict(ok=False, reason="empty", detail="neither a sentence nor a quote")
@@ -58,7 +65,8 @@ def check_form(text: str, *, min_words: int, max_words: int) -> Verdict:
         return Verdict(
             ok=False, reason="length", detail=f"{count} words, {min_words} to {max_words} are allowed"
         )
-    if own and not reply.has_answer_line and not _END.search(own):
+    # What stands before an answer line is whole, however it ends.
+    if own and not stated_answer(rationale) and not reply.has_answer_line and not _END.search(own):
         return Verdict(ok=False, reason="truncated", detail=f"ends with {own[-40:]!r}")
     return PASS
 
@@ -84,11 +92,9 @@ def _said(rationale: Rationale) -> str:
 
 def _verify_options(question: Question, rationale: Rationale) -> Verdict:
     options, gold = question.options or {}, question.answer or ""
-    stated = parse_option(rationale.answer, options)
-    if stated != gold:
-        return Verdict(
-            ok=False, reason="teacher_answer", detail=f"says {rationale.answer[:60]!r}, gold is {gold}"
-        )
+    stated = stated_answer(rationale)
+    if stated and parse_option(stated, options) != gold:
+        return Verdict(ok=False, reason="teacher_answer", detail=f"says {stated[:60]!r}, gold is {gold}")
     own = prose(rationale.text)
     named = {letter for match in _NAMES_LETTER.finditer(own) for letter in match.groups() if letter}
     if other := sorted(named & options.keys() - {gold}):
@@ -117,29 +123,32 @@ def _supports_option(options: dict[str, str], gold: str, said: str) -> Verdict:
 
 
 def _verify_yes_no(question: Question, rationale: Rationale) -> Verdict:
-    stated = parse_yes_no(rationale.answer)
-    if stated != question.answer:
-        detail = f"says {rationale.answer[:60]!r}, gold is {question.answer}"
+    stated = stated_answer(rationale)
+    if stated and parse_yes_no(stated) != question.answer:
+        detail = f"says {stated[:60]!r}, gold is {question.answer}"
         return Verdict(ok=False, reason="teacher_answer", detail=detail)
     for match in _POLARITY.finditer(prose(rationale.text)):
         said = next(group for group in match.groups() if group).lower()
         if said != question.answer:
             return Verdict(ok=False, reason="contradicts_answer", detail=f"{squash(match[0])!r}")
+    # Nothing in "no" can be looked for; what decides it can.
+    deciding = " ".join(gold.quote for gold in question.gold)
+    share = recall(deciding, _said(rationale))
+    if share < MIN_DECIDING_RECALL:
+        return Verdict(
+            ok=False, reason="does_not_support_answer", detail=f"has {share:.0%} of the gold quote's words"
+        )
     return PASS
 
 
 def _verify_open(question: Question, rationale: Rationale) -> Verdict:
-    gold, said = question.answer or "", _said(rationale)
-    if is_abstention(rationale.answer, abstain="I don't know"):
-        return Verdict(ok=False, reason="teacher_answer", detail=f"abstains: {rationale.answer[:60]!r}")
-    agreement = recall(gold, rationale.answer)
-    if agreement < MIN_ANSWER_RECALL:
-        detail = f"says {rationale.answer[:60]!r}, which has {agreement:.0%} of the reference's words"
-        return Verdict(ok=False, reason="teacher_answer", detail=detail)
-    conflicting = numbers(rationale.answer) - numbers(gold)
-    if conflicting and numbers(gold) and not numbers(gold) & numbers(rationale.answer):
-        detail = f"says {', '.join(sorted(conflicting))} instead of {', '.join(sorted(numbers(gold)))}"
-        return Verdict(ok=False, reason="teacher_answer", detail=detail)
+    gold, said, stated = question.answer or "", _said(rationale), stated_answer(rationale)
+    if is_abstention(stated or said, abstain="I don't know"):
+        return Verdict(ok=False, reason="teacher_answer", detail=f"abstains: {(stated or said)[:60]!r}")
+    if stated and not _agrees(gold, stated):
+        return Verdict(
+            ok=False, reason="teacher_answer", detail=f"says {stated[:60]!r}, gold is {gold[:60]!r}"
+        )
     if missing := sorted(numbers(gold) - numbers(said)):
         return Verdict(ok=False, reason="number_missing", detail=f"{', '.join(missing)} occurs nowhere")
     share = recall(gold, said)
@@ -147,6 +156,12 @@ def _verify_open(question: Question, rationale: Rationale) -> Verdict:
         detail = f"has {share:.0%} of the reference's words, {MIN_RECALL:.0%} are needed"
         return Verdict(ok=False, reason="does_not_support_answer", detail=detail)
     return PASS
+
+
+def _agrees(gold: str, stated: str) -> bool:
+    """Enough of the reference's words, and not other numbers in the place of its own."""
+    wanted, given = numbers(gold), numbers(stated)
+    return recall(gold, stated) >= MIN_ANSWER_RECALL and not (wanted and given and not wanted & given)
 
 
 def as_shown(passages: Sequence[Passage]) -> list[Passage]:

@@ -18,6 +18,7 @@ _STOP_WORDS = (
     "which while who whom whose why will with within without would yes you your yours"
 )
 _STOP = frozenset(_STOP_WORDS.split())
+_HEADING = re.compile(r"#{1,6}[ \t][^\n]*(?:\n\s*|$)")
 _LIST_MARK = re.compile(r"(?:[-*+•]|\d{1,3}[.)])\s+(?:\[[ xX]\]\s+)?")
 
 
@@ -44,8 +45,9 @@ class Sentence:
 def sentences(text: str) -> Iterator[Sentence]:
     """The sentences of ``text`` without headings, table rows, and the marks of list items."""
     for start, end in sentence_spans(text):
-        if mark := _LIST_MARK.match(text, start, end):
+        # A heading line runs into the sentence below it where no blank line parts them.
+        while mark := _HEADING.match(text, start, end) or _LIST_MARK.match(text, start, end):
             start = mark.end()
         piece = text[start:end]
-        if not piece.startswith(("#", "|")) and any(char.isalnum() for char in piece):
+        if not piece.startswith("|") and any(char.isalnum() for char in piece):
             yield Sentence(piece, start, end)

@@ -65,6 +65,12 @@ def one_reply(text: str) -> str:
     return text[: marks[1].start()] if len(marks) > 1 else text
 
 
+def before_answer(text: str) -> str:
+    """``text`` up to its last ``Answer:`` line, quotes included; all of it where there is none."""
+    marks = list(_ANSWER.finditer(text))
+    return (text[: marks[-1].start()] if marks else text).strip()
+
+
 def is_abstention(answer: str, *, abstain: str) -> bool:
     """Whether ``answer`` says that it does not know: the domain's sentence, or words to that effect."""
     plain = " ".join(answer.split()).strip(' ".').lower()

@@ -6,10 +6,14 @@ of the work, see no padding; only attention is padded, among texts of similar le
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rag.blas import one_blas_thread
 
 Floats = NDArray[np.float32]
 
@@ -52,8 +56,18 @@ class BertEncoder:
     def encode(self, token_ids: Sequence[Sequence[int]]) -> Floats:
         """Mean of each text's last hidden states, float32 [texts, hidden], in the order given."""
         vectors = np.zeros((len(token_ids), self.dimensions), dtype=np.float32)
-        for batch in _batches([len(ids) for ids in token_ids]):
+        batches = list(_batches([len(ids) for ids in token_ids]))
+
+        def encode(batch: list[int]) -> None:
             vectors[batch] = self._encode_batch([token_ids[i] for i in batch])
+
+        with one_blas_thread():
+            if len(batches) > 1:
+                with ThreadPoolExecutor(min(len(batches), os.cpu_count() or 1, 16)) as pool:
+                    list(pool.map(encode, batches))
+            else:
+                for batch in batches:
+                    encode(batch)
         return vectors
 
     def _encode_batch(self, texts: Sequence[Sequence[int]]) -> Floats:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from domains.records import Citation, Passage
+from domains.words import NUMBER_WORDS, numbers
 from rag.words import sentence_spans, stem, words
 
 _MIN_CHARS, _MIN_WORDS = 8, 2
@@ -34,9 +35,7 @@ answer passage document says said states stated mentions
 """
 _NEGATION = "no not never none neither nor without cannot nothing nobody"
 _FUNCTION_WORDS, _NEGATIONS = frozenset(_FUNCTION.split()), frozenset(_NEGATION.split())
-# "one" is left out: it is a pronoun too.
-_NUMBER = "two three four five six seven eight nine ten eleven twelve"
-_NUMBERS = {name: str(number) for number, name in enumerate(_NUMBER.split(), start=2)}
+_MARK = re.compile(r"\[\d{1,2}\]")  # the number of a passage, not a number that is claimed
 
 
 @dataclass(frozen=True)
@@ -91,15 +90,17 @@ def find_support(claim: str, passages: Sequence[Passage], *, min_overlap: float 
         passages: what the student saw, [1] first.
         min_overlap: the least share of content words, in [0, 1].
     """
-    wanted = _content(claim)
+    claim = _MARK.sub(" ", claim)
+    wanted, figures = _content(claim), numbers(claim)
     negated = _is_negated(words(claim))
     best: tuple[float, int, int, tuple[int, int]] | None = None
     if not wanted:
         return None
     for i, passage in enumerate(passages):
         for span in sentence_spans(passage.text):
-            share = _share(wanted, passage.text[span[0] : span[1]], negated=negated)
-            if share < min_overlap or share == 0:
+            sentence = passage.text[span[0] : span[1]]
+            share = _share(wanted, sentence, negated=negated)
+            if share < min_overlap or share == 0 or not figures <= numbers(sentence):
                 continue
             candidate = (-share, span[1] - span[0], i, span)
             if best is None or candidate < best:
@@ -174,7 +175,7 @@ def _content(text: str) -> set[str]:
 
 
 def _stems(text_words: Iterable[str]) -> list[str]:
-    return stem([_NUMBERS.get(word, word) for word in text_words])
+    return stem([NUMBER_WORDS.get(word, word) for word in text_words])
 
 
 def _is_negated(text_words: Sequence[str]) -> bool:
@@ -182,12 +183,12 @@ def _is_negated(text_words: Sequence[str]) -> bool:
 
 
 def _share(wanted: set[str], sentence: str, *, negated: bool) -> float:
-    """The share of the wanted stems that the sentence has; 0 where numbers or negation differ."""
+    """The share of the wanted stems that the sentence has; 0 where the negation differs."""
     said = words(sentence)
     stems = _stems(said)
     matched = [i for i, term in enumerate(stems) if term in wanted]
     found = {stems[i] for i in matched}
-    if not matched or any(term[0].isdigit() and term not in found for term in wanted):
+    if not matched:
         return 0.0
     # A negation up to three words ahead of the matched part belongs to it ("do not give X").
     if _is_negated(said[max(0, matched[0] - 3) : matched[-1] + 1]) != negated:

@@ -70,6 +70,10 @@ class MiniLMEmbedder:
         """WordPiece ids with [CLS] and [SEP], at most 256 a text."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
 
+    def count_cut(self, texts: Sequence[str]) -> int:
+        """How many of the texts are longer than what is embedded of them."""
+        return sum(bool(encoding.overflowing) for encoding in self._tokenizer.encode_batch(list(texts)))
+
     def embed(self, texts: Sequence[str]) -> Vectors:
         """See `Embedder`; an empty text has a vector too (that of its two special tokens)."""
         return _normalised(self._encoder.encode(self.token_ids(texts)))
@@ -106,6 +110,25 @@ def _check_digest(path: Path, digest: str) -> None:
 def _normalised(vectors: Vectors) -> Vectors:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(vectors / np.maximum(lengths, 1e-12), dtype=np.float32)
+
+
+class WordHashEmbedder:
+    """A stand-in without weights: each word's hash adds to a few dimensions. For tests and dry runs."""
+
+    def __init__(self, dimensions: int = 64) -> None:
+        self.dimensions = dimensions
+        self.name = f"word-hash-{dimensions}"
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """See `Embedder`; texts that share words are near each other, nothing more."""
+        vectors = np.zeros((len(texts), self.dimensions), dtype=np.float32)
+        for row, text in zip(vectors, texts, strict=True):
+            for word in text.casefold().split():
+                digest = hashlib.sha256(word.strip(".,;:!?\"'()").encode()).digest()
+                for byte in digest[:3]:
+                    row[byte % self.dimensions] += 1
+            row[0] += 1e-3  # a text without words has a direction too
+        return _normalised(vectors)
 
 
 class LangChainEmbedder:

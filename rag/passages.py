@@ -106,7 +106,8 @@ def _sections(text: str) -> Iterator[_Section]:
         if match is None:
             continue
         yield _Section(level, heading, line, (body, start))
-        level, heading, line, body = len(match[1]), match[2].strip(), (start, end), min(end + 1, len(text))
+        level, heading = len(match[1]), match[2].strip()
+        line, body = (start, start + len(text[start:end].rstrip())), min(end + 1, len(text))
     yield _Section(level, heading, line, (body, len(text)))
 
 

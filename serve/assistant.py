@@ -30,14 +30,16 @@ class Retrieves(Protocol):
 class Asked:
     """A question ready for the model: its tokens and the evidence shown with it.
 
-    ``max_tokens`` is the most the reply may have, ``dropped_turns`` how many of the oldest turns of the
-    history were left out to make room.
+    ``max_tokens`` is the most the reply may have, ``context`` what prompt and reply must fit into,
+    ``dropped_turns`` how many of the oldest turns of the history were left out to make room.
     """
 
     question: str
+    query: str
     tokens: list[int]
     hits: list[Hit]
     max_tokens: int
+    context: int
     dropped_turns: int = 0
 
 
@@ -97,7 +99,8 @@ class Assistant:
             ContextOverflow: prompt and reply do not fit; says how many tokens there are and may be.
         """
         limit = min(max_tokens or self._max_tokens, self._max_tokens)
-        hits = self._find(query or question)
+        query = query or question
+        hits = self._find(query)
         dropped = 0
         while True:
             tokens = self._prompt(question, hits, history[dropped:])
@@ -108,7 +111,7 @@ class Assistant:
                     raise
                 dropped = min(dropped + 2, len(history))
             else:
-                return Asked(question, tokens, hits, limit, dropped)
+                return Asked(question, query, tokens, hits, limit, self.engine.context, dropped)
 
     def _find(self, query: str) -> list[Hit]:
         if self.retriever is None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from domains.records import Answer, Message
-from domains.words import content_words, words
+from rag.words import index_terms, words
 
 _SOURCES = "\n\nSources:\n"
-_SHORT = 3  # content words; below that a question hardly says what it is about
-_REFERRING = frozenset(
-    "it its he him his she her they them their this that these those there then one ones".split()
-)
+_SHORT = 3  # words that count; below that a question hardly says what it is about
+_POINTING = """
+it its he him his she her they them their this that these those there then one ones
+"""
+_REFERRING = frozenset(_POINTING.split())
 _LEADS = (
     ("and",),
     ("or",),
@@ -42,12 +43,12 @@ def without_sources(content: str) -> str:
 def retrieval_query(question: str, history: list[Message]) -> str:
     """What to look for: the question; the user's previous question with it where it stands on that.
 
-    That is when it has fewer than three content words, begins like a follow-up ("and", "what about"),
+    That is when it has fewer than three words that count, begins like a follow-up ("and", "what about"),
     or has a pronoun among its first four words. The model still sees the question as it was asked.
     """
     previous = next((turn.content for turn in reversed(history) if turn.role == "user"), "")
     said = words(question)
     refers = any(tuple(said[: len(lead)]) == lead for lead in _LEADS) or not _REFERRING.isdisjoint(said[:4])
-    if previous and (refers or len(content_words(question)) < _SHORT):
+    if previous and (refers or len(set(index_terms(question))) < _SHORT):
         return f"{previous}\n{question}"
     return question

@@ -12,6 +12,7 @@ from domains.records import Document, Question
 from pipeline import importers
 from pipeline.importers import FORMATS, Imported, available_formats
 from pipeline.importers.quotes import best_sentence, lead, locate, shorten
+from rag.load import load_documents
 
 
 def import_set(*args, **options) -> Imported:
@@ -138,7 +139,7 @@ def test_medquad_xml_gives_the_same_domain_as_rows(tmp_path):
 <FocusAnnotations><UMLS><CUIs><CUI>C7</CUI></CUIs></UMLS>
 <Synonyms><Synonym>Zarp illness</Synonym></Synonyms></FocusAnnotations>
 <QAPairs>
-<QAPair pid="1"><Question qid="7-1" qtype="information">What is Zarpox?</Question>
+<QAPair pid="1"><Question qid="7-1" qtype="information">What is Zarpox ?</Question>
 <Answer>Zarpox is an illness of the ear. It is mild.</Answer></QAPair>
 <QAPair pid="2"><Question qid="7-2" qtype="treatment">How is Zarpox treated?</Question><Answer></Answer></QAPair>
 </QAPairs></Document>"""
@@ -148,7 +149,7 @@ def test_medquad_xml_gives_the_same_domain_as_rows(tmp_path):
     assert result.skipped == {"empty answer": 1}
     assert documents["1_Example-7"].text == "## Information\n\nZarpox is an illness of the ear. It is mild."
     assert documents["1_Example-7"].source == "https://example.org/7"
-    assert questions[0].id == "7-1"
+    assert (questions[0].id, questions[0].question) == ("7-1", "What is Zarpox?")
 
 
 def test_medquad_xml_expands_no_entities(tmp_path):
@@ -431,6 +432,26 @@ def test_same_input_same_bytes_and_the_seed_matters(tmp_path):
     }
     assert files["a"] == files["b"]
     assert files["a"] != files["c"]
+
+
+def test_documents_of_equal_text_become_one(tmp_path):
+    docs = [{"doc_id": name, "text": "The moon is round. It is far."} for name in "ab"]
+    docs.append({"doc_id": "c", "text": "The sun is hot."})
+    rows = [
+        {"question": f"What shape is the {n} moon?", "answer": "The moon is round.", "about": n}
+        for n in ("a", "b")
+    ] + [{"question": "Is the sun hot?", "answer": "yes", "about": "c"}]
+    write_lines(tmp_path / "docs.jsonl", docs)
+    source = write_lines(tmp_path / "q.jsonl", rows)
+    result = import_set("jsonl", source, into=tmp_path / "out", documents=tmp_path / "docs.jsonl")
+    documents, questions = check_invariants(tmp_path / "out", result)
+    assert set(documents) == {"a", "c"}
+    assert result.skipped_documents == {"the same text as another document": 1}
+    assert [question.about for question in questions] == ["a", "a", "c"]
+    # Every document that was written is read again as it is.
+    loaded = load_documents(tmp_path / "out" / "documents.jsonl")
+    assert loaded.skipped == []
+    assert {item.doc_id: item.text for item in loaded.documents} == {k: d.text for k, d in documents.items()}
 
 
 def test_every_format_is_described_and_importable():

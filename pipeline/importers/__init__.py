@@ -20,7 +20,14 @@ from typing import Any
 from domains.errors import DataError
 from domains.records import Document, Question
 from pipeline.importers.reading import Options, Reading
-from pipeline.importers.split import assign_split, drop_duplicates, hold_out, shorten_answers, take
+from pipeline.importers.split import (
+    assign_split,
+    drop_duplicates,
+    hold_out,
+    merge_copies,
+    shorten_answers,
+    take,
+)
 from pipeline.new import check_new, domain_files, plain_name, to_lines, write_folder
 
 
@@ -153,8 +160,8 @@ def _choose(reading: Reading, *, limit: int, hold_out_share: float, seed: int) -
     """The same set without duplicates, shortened, limited, and with topics held out."""
     skipped, skipped_documents = Counter(reading.skipped), Counter(reading.skipped_documents)
     changed, notes = Counter(reading.changed), reading.notes
-    drafts = drop_duplicates(shorten_answers(reading.drafts, skipped, changed), skipped)
-    documents = reading.documents
+    drafts, documents = merge_copies(reading.drafts, reading.documents, skipped_documents)
+    drafts = drop_duplicates(shorten_answers(drafts, skipped, changed), skipped)
     if limit:
         taken = take(drafts, limit=limit, seed=seed)
         wanted = {draft.about for draft in taken}

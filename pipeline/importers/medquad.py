@@ -33,6 +33,7 @@ NOTES = (
     "verbatim: overlap scores are inflated by copying.",
     "The questions were made from section headings by the set's authors; users ask differently.",
 )
+MAX_FOCI = 5
 _LINK_LINE = re.compile(r"^\s*-\s*.{0,120}$|https?://\S+$")
 
 
@@ -150,7 +151,7 @@ def _xml_pairs(source: Path) -> Iterator[_Pair]:
                 )
             yield _Pair(
                 id=question.get("qid") or f"{Path(name).stem}-{pair.get('pid') or number}",
-                question=(question.text or "").strip(),
+                question=squash(question.text or "").replace(" ?", "?"),
                 answer=answer.strip(),
                 qtype=question.get("qtype") or "information",
                 focus=squash(root.findtext("Focus") or Path(name).stem),
@@ -194,7 +195,10 @@ def _doc_id(doc: str) -> str:
 
 
 def _topics(pairs: list[_Pair]) -> dict[str, str]:
-    """Focus → topic: foci that share a name or a UMLS concept are one topic and stay on one side."""
+    """Focus → topic: foci that share a name or a UMLS concept are one topic and stay on one side.
+
+    Concepts of more than `MAX_FOCI` foci are left out: "Syndrome" and "Disease" would join everything.
+    """
     topic: dict[str, str] = {}
 
     def root(name: str) -> str:
@@ -202,8 +206,13 @@ def _topics(pairs: list[_Pair]) -> dict[str, str]:
             name = topic[name]
         return name
 
+    foci: defaultdict[str, set[str]] = defaultdict(set)
     for pair in pairs:
-        for other in (pair.focus.lower(), *(f"cui {code}" for code in pair.codes)):
+        for code in pair.codes:
+            foci[code].add(pair.focus.lower())
+    for pair in pairs:
+        codes = (f"cui {code}" for code in pair.codes if code and len(foci[code]) <= MAX_FOCI)
+        for other in (pair.focus.lower(), *codes):
             first, second = sorted((root(pair.focus), root(other)))
             topic[second] = first
     return {pair.focus: root(pair.focus) for pair in pairs}

@@ -55,6 +55,38 @@ def _with_options(draft: Draft) -> str:
     return " ".join([draft.question, *(draft.options or {}).values()])
 
 
+def merge_copies(
+    drafts: Sequence[Draft], documents: Sequence[Document], skipped: Counter[str]
+) -> tuple[list[Draft], list[Document]]:
+    """Documents of equal text become the first of them, and questions about the others are about it."""
+    first: dict[str, str] = {}
+    copy_of: dict[str, str] = {}
+    kept = []
+    for document in documents:
+        text = document.text.strip()
+        if text in first:
+            copy_of[document.doc_id] = first[text]
+            skipped["the same text as another document"] += 1
+        else:
+            first[text] = document.doc_id
+            kept.append(document)
+    group_of = {draft.about: draft.group for draft in drafts}
+    joined = {group_of.get(copy, ""): group_of.get(kept_id, "") for copy, kept_id in copy_of.items()}
+    moved = [
+        replace(
+            draft,
+            about=copy_of.get(draft.about, draft.about),
+            group=joined.get(draft.group) or draft.group,
+            gold=tuple(
+                gold.model_copy(update={"doc_id": copy_of.get(gold.doc_id, gold.doc_id)})
+                for gold in draft.gold
+            ),
+        )
+        for draft in drafts
+    ]
+    return moved, kept
+
+
 def shorten_answers(drafts: Sequence[Draft], skipped: Counter[str], changed: Counter[str]) -> list[Draft]:
     """Open answers cut to whole sentences of `ANSWER_WORDS` words; without those that can't be."""
     kept = []

@@ -1,0 +1,262 @@
+"""exam: five arms on questions about documents that training never saw, and a verdict in plain words.
+
+base           the untrained student, closed book
+base_rag       the untrained student with passages
+tuned          the trained student in full precision, closed book
+tuned_rag      the trained student in full precision with passages
+exported_rag   the file that is served, with passages
+
+reads    the domain's questions, the index, export/student-F16.gguf, bundle/student.gguf
+writes   exam/<arm>.jsonl (every answer), bundle/report.json, bundle/report.html
+counts   exam_questions = asked + not_drawn
+         asked = answered.<arm> + too_long.<arm> for every arm
+
+All arms answer through `serve.assistant` on llama.cpp, which is what users get.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from domains.domain import Domain
+from domains.errors import DataError, StageError
+from domains.jsonl import read_jsonl, write_text_atomic
+from domains.records import Passage, Question
+from pipeline.arms import DEPTH, PARALLEL, Arm, Conditions, Remembered, ask_arms
+from pipeline.base_gguf import base_gguf
+from pipeline.progress import Progress
+from pipeline.report import render_report
+from pipeline.run_folder import Report, Run, need
+from pipeline.summary import Sources, summarise
+from serve.assistant import Retrieves
+from serve.engine import Engine
+from serve.manifest import MANIFEST, BundleFile, read_manifest, write_manifest
+from serve.models import sha256_file
+
+REPORTS = ("report.json", "report.html")
+
+
+def run(domain: Domain, run: Run, progress: Progress) -> Report:
+    """Ask all arms, mark their answers, write the report into the bundle.
+
+    Raises:
+        StageError: a model or the index is missing, or there are no exam questions.
+        ModelError: the base model can't be written as GGUF or loaded.
+    """
+    from rag.embed import MiniLMEmbedder
+    from rag.index import open_index
+    from rag.retrieve import Retriever
+
+    config = domain.config
+    tuned = need(run.export / "student-F16.gguf", stage="export")
+    exported = need(run.bundle / "student.gguf", stage="export")
+    pool = exam_questions(domain)
+    questions = draw_questions(pool, count=config.exam.questions, seed=config.exam.seed)
+    base = base_gguf(config.student.base)
+    index = open_index(need(run.index, stage="index"), embedder=MiniLMEmbedder())
+    retriever = Retriever(
+        index,
+        candidates=config.retrieve.candidates,
+        rrf_k=config.retrieve.rrf_k,
+        lexical_weight=config.retrieve.lexical_weight,
+        dense_weight=config.retrieve.dense_weight,
+    )
+    try:
+        return examine(
+            run,
+            questions,
+            models={"base": base, "tuned": tuned, "exported": exported},
+            retriever=retriever,
+            passages=index.passages,
+            conditions=_conditions(domain),
+            open_engine=lambda gguf: Engine(gguf, context=config.student.context, parallel=PARALLEL),
+            resamples=config.exam.resamples,
+            seed=config.exam.seed,
+            not_drawn=len(pool) - len(questions),
+            about={**_about(domain), "base": config.student.base},
+            progress=progress,
+        )
+    finally:
+        index.close()
+
+
+def _conditions(domain: Domain) -> Conditions:
+    config = domain.config
+    return Conditions(
+        system=domain.prompts["system"],
+        abstain=config.domain.abstain,
+        top_k=config.retrieve.top_k,
+        max_tokens=config.exam.max_tokens,
+        context=config.student.context,
+        withdraw_unsupported=config.serve.withdraw_unsupported,
+    )
+
+
+def _about(domain: Domain) -> dict[str, str]:
+    config = domain.config
+    return {
+        "name": domain.name,
+        "title": config.domain.title,
+        "disclaimer": config.domain.disclaimer,
+        "licence": config.domain.licence,
+    }
+
+
+def examine(
+    run: Run,
+    questions: Sequence[Question],
+    *,
+    models: dict[str, Path],
+    retriever: Retrieves,
+    passages: Sequence[Passage],
+    conditions: Conditions,
+    open_engine: Callable[[Path], Engine],
+    resamples: int,
+    seed: int,
+    not_drawn: int,
+    about: dict[str, str],
+    progress: Progress,
+) -> Report:
+    """The exam itself, on models that may be anything ``open_engine`` opens.
+
+    Args:
+        run: where answers and report go.
+        questions: asked of every arm.
+        models: the files ``base``, ``tuned`` and ``exported``.
+        retriever: finds the passages; asked once per question.
+        passages: all of the index; gold quotes are located in them.
+        conditions: the same for all arms.
+        open_engine: loads a model file.
+        resamples: bootstrap samples.
+        seed: of the bootstrap and the drawn examples.
+        not_drawn: exam questions that the configuration left out.
+        about: the domain as the report names it.
+        progress: told what happens.
+    """
+    remembered = Remembered(retriever, depth=max(DEPTH, conditions.top_k))
+    rows = ask_arms(
+        arms_of(models),
+        questions,
+        remembered,
+        conditions,
+        folder=run.exam,
+        open_engine=open_engine,
+        progress=progress,
+    )
+    report = summarise(
+        questions,
+        rows,
+        hits={question.id: remembered.retrieve(question.question, top_k=DEPTH) for question in questions},
+        passages=passages,
+        abstain=conditions.abstain,
+        resamples=resamples,
+        seed=seed,
+        not_drawn=not_drawn,
+        about=about,
+        sources=Sources.of(run),
+    )
+    write_text_atomic(run.bundle / REPORTS[0], json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_text_atomic(run.bundle / REPORTS[1], render_report(report))
+    _note_in_manifest(run.bundle)
+    for lost in report["left_out"]["gold_not_found"]:
+        progress.say(f"question {lost['question']}: its gold quote stands nowhere: {lost['quote'][:80]!r}")
+    progress.say(report["verdict"])
+    return _stage_report(report)
+
+
+def arms_of(models: dict[str, Path]) -> list[Arm]:
+    """The five arms, those of one model file together."""
+    return [
+        Arm("base", models["base"], with_passages=False),
+        Arm("base_rag", models["base"], with_passages=True),
+        Arm("tuned", models["tuned"], with_passages=False),
+        Arm("tuned_rag", models["tuned"], with_passages=True),
+        Arm("exported_rag", models["exported"], with_passages=True),
+    ]
+
+
+def _stage_report(report: dict[str, Any]) -> Report:
+    asked, not_drawn = report["n_questions"], report["left_out"]["not_drawn"]
+    too_long: dict[str, int] = report["left_out"]["too_long"]
+    return Report(
+        counts={
+            "exam_questions": asked + not_drawn,
+            "asked": asked,
+            "not_drawn": not_drawn,
+            **{f"answered.{arm}": asked - count for arm, count in too_long.items()},
+            **{f"too_long.{arm}": count for arm, count in too_long.items()},
+        },
+        facts={
+            "verdict_code": report["verdict_code"],
+            "score": {arm: metrics["score"]["mean"] for arm, metrics in report["arms"].items()},
+        },
+    )
+
+
+def exam_questions(domain: Domain) -> list[Question]:
+    """The questions of the exam split, in the file's order.
+
+    Raises:
+        StageError: the domain has none.
+        DataError: two questions share an id.
+    """
+    path = domain.questions
+    questions = read_jsonl(path, Question) if path else []
+    twice = [name for name, count in Counter(question.id for question in questions).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{path}: {len(twice)} question ids occur twice, such as {twice[0]!r}",
+            expected="a different id for every question",
+            next_step=f"mend {path}",
+        )
+    exam = [question for question in questions if question.split == "exam"]
+    if not exam:
+        raise StageError(
+            f"0 of {len(questions)} questions of domain {domain.name!r} are for the exam",
+            expected='questions with "split": "exam", about documents that no seed question is about',
+            next_step=f"add some to {path or 'a questions file, [corpus] questions in domain.toml'}",
+        )
+    return exam
+
+
+def draw_questions(pool: Sequence[Question], *, count: int, seed: int) -> list[Question]:
+    """``count`` of the questions (0: all), every kind in proportion, in their own order.
+
+    Places left over by rounding go to the largest remainders (Hamilton's method). Within a kind the smallest
+    hashes of seed and id are taken, so a larger exam contains nearly all of a smaller one.
+    """
+    if count == 0 or count >= len(pool):
+        return list(pool)
+    sizes = Counter(question.kind for question in pool)
+    share = {kind: count * size / len(pool) for kind, size in sizes.items()}
+    places = {kind: int(value) for kind, value in share.items()}
+    by_remainder = sorted(share, key=lambda kind: (places[kind] - share[kind], kind))
+    for kind in by_remainder[: count - sum(places.values())]:
+        places[kind] += 1
+    drawn: set[str] = set()
+    for kind, number in places.items():
+        ids = [question.id for question in pool if question.kind == kind]
+        drawn |= set(sorted(ids, key=lambda name: _draw_order(name, seed))[:number])
+    return [question for question in pool if question.id in drawn]
+
+
+def _draw_order(name: str, seed: int) -> str:
+    return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
+
+
+def _note_in_manifest(bundle: Path) -> None:
+    """The report belongs to the bundle: its hashes stand in the manifest like those of the other files."""
+    if not (bundle / MANIFEST).is_file():
+        return
+    entries = {
+        name: BundleFile(sha256=sha256_file(bundle / name), size_bytes=(bundle / name).stat().st_size)
+        for name in REPORTS
+    }
+    manifest = read_manifest(bundle)
+    files = dict(sorted({**manifest.files, **entries}.items()))
+    write_manifest(bundle, manifest.model_copy(update={"files": files}))

@@ -1,0 +1,50 @@
+"""The prompts of the parity gate: exam questions with what retrieval finds, and the reference completion."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+from domains.records import Message, Passage, Question
+from pipeline.rows import answer_text, gold_quotes
+from rag.answers import format_reply
+from rag.prompt import neutralise, render_question, student_messages
+
+Turn = tuple[list[Message], str]
+_MOST_QUOTES = 2
+
+
+def exam_turns(
+    questions: Sequence[Question],
+    retrieve: Callable[[str], list[Passage]],
+    *,
+    system: str,
+    abstain: str,
+    count: int,
+) -> list[Turn]:
+    """Messages and completion of up to ``count`` exam questions.
+
+    Which ones depends on their ids only, so that adding a question rarely changes the choice.
+
+    Args:
+        questions: the domain's; only those of the exam are taken.
+        retrieve: the passages for a query, as in serving.
+        system: the student's system prompt.
+        abstain: the completion's answer where nothing answers.
+        count: most turns.
+    """
+    exam = [question for question in questions if question.split == "exam"]
+    exam.sort(key=lambda question: hashlib.sha256(question.id.encode()).hexdigest())
+    turns = []
+    for question in exam[:count]:
+        text = render_question(question)
+        passages = retrieve(question.question)
+        turns.append((student_messages(system, text, passages), _completion(question, passages, abstain)))
+    return turns
+
+
+def _completion(question: Question, passages: Sequence[Passage], abstain: str) -> str:
+    if question.kind == "unanswerable":
+        return format_reply(quotes=[], rationale="", answer=abstain)
+    quotes = gold_quotes(question, passages)[:_MOST_QUOTES]
+    return format_reply(quotes=quotes, rationale="", answer=neutralise(answer_text(question)))

@@ -1,0 +1,155 @@
+"""``report.json`` for people: one self-contained HTML page, and a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.plots import plot_arms, plot_curation, plot_losses
+from pipeline.verdict import points
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+
+ARM_LABELS = {
+    "base": "untrained",
+    "base_rag": "untrained + passages",
+    "tuned": "trained",
+    "tuned_rag": "trained + passages",
+    "exported_rag": "served + passages",
+}
+PAIR_LABELS = {
+    "tuned_rag-base_rag": "training, with passages",
+    "base_rag-base": "retrieval, untrained",
+    "tuned_rag-tuned": "retrieval, trained",
+    "exported_rag-tuned_rag": "export",
+}
+# (metric, name, what it is, unit); shares are shown in points of 100.
+METRICS = (
+    ("score", "Score", "all questions; the verdict rests on it", "share"),
+    ("score_answerable", "Score, answerable", "questions that the documents answer", "share"),
+    ("token_f1", "Open: token F1", "words shared with the reference answer", "share"),
+    ("rouge_l", "Open: ROUGE-L", "longest common word sequence", "share"),
+    ("exact_match", "Open: exact match", "same words as the reference", "share"),
+    ("option_accuracy", "Options right", "the letter is right", "share"),
+    ("yes_no_accuracy", "Yes / no right", "yes, no or maybe is right", "share"),
+    ("unparsable", "Unreadable", "no option could be read; counted as wrong", "share"),
+    ("abstention_recall", "Abstains when due", "of the unanswerable questions", "share"),
+    ("false_abstention", "Abstains wrongly", "of the answerable questions", "share"),
+    ("abstention_f1", "Abstention F1", "both together", "share"),
+    ("citation_precision", "Citations right", "literal, and at the gold quote", "share"),
+    ("citation_document", "Right document", "literal, from the gold document", "share"),
+    ("citation_recall", "Gold quotes cited", "covered by a citation", "share"),
+    ("quote_validity", "Quotes literal", "model's quotes that stand in a passage", "share"),
+    ("too_long", "Too long", "prompt does not fit; counted as wrong", "share"),
+    ("tokens_per_s", "Tokens per second", "written, prompts included, 8 questions at a time", "number"),
+    ("seconds_per_question", "Seconds per question", "8 questions at a time", "number"),
+)
+VERDICT_TITLES = {
+    "helped": "Training helped",
+    "hurt": "Training hurt",
+    "do_not_fine_tune": "Do not fine-tune",
+    "no_difference": "No difference can be seen",
+}
+_SUPPORT = {
+    "supported": "supported by a quote",
+    "unsupported": "not supported",
+    "abstained": "says that it does not know",
+    "too_long": "prompt too long",
+}
+_TABLE = (
+    ("score", "score (95 %)"),
+    ("token_f1", "open F1"),
+    ("option_accuracy", "options"),
+    ("yes_no_accuracy", "yes/no"),
+    ("abstention_recall", "abstains\nwhen due"),
+    ("false_abstention", "abstains\nwrongly"),
+    ("citation_precision", "citations\nright"),
+    ("tokens_per_s", "tok/s"),
+)
+
+
+def render_report(report: Mapping[str, Any]) -> str:
+    """The page. Everything is inside it: it opens offline and can be sent as one file.
+
+    Args:
+        report: what `pipeline.summary.summarise` makes; texts in it are untrusted and are escaped.
+    """
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    environment.filters |= {
+        "points": points,
+        "share": lambda value: f"{100 * value:.0f}",
+        "figure": _figure,
+        "size": _size,
+        "duration": _duration,
+        "words": lambda name: name.replace("_", " ").replace(".", ": "),
+    }
+    curated = (report.get("curate") or {}).get("counts", {})
+    plots = {
+        "arms": plot_arms({arm: metrics["score"] for arm, metrics in report["arms"].items()}, ARM_LABELS),
+        "losses": plot_losses(report["losses"]),
+        "curation": plot_curation(curated),
+    }
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        report=report,
+        plots={name: Markup(svg) for name, svg in plots.items()},  # noqa: S704  our own SVG
+        arm_labels=ARM_LABELS,
+        pair_labels=PAIR_LABELS,
+        metrics=[row for row in METRICS if any(row[0] in arm for arm in report["arms"].values())],
+        titles=VERDICT_TITLES,
+        support=_SUPPORT,
+        curated=curated,
+    )
+
+
+def exam_table(report: Mapping[str, Any]) -> Table:
+    """The arms for the terminal: shares in points of 100, the score with its interval."""
+    from rich.table import Table
+
+    kinds = ", ".join(f"{count} {kind.replace('_', '/')}" for kind, count in report["kinds"].items())
+    table = Table(title=f"Exam: {report['n_questions']} questions ({kinds})", title_justify="left")
+    table.add_column("arm")
+    shown = [
+        (metric, name)
+        for metric, name in _TABLE
+        if any(metric in arm for arm in report["arms"].values())
+    ]  # fmt: skip
+    for _, name in shown:
+        table.add_column(name, justify="right")
+    for arm, metrics in report["arms"].items():
+        table.add_row(ARM_LABELS.get(arm, arm), *(_cell(metric, metrics.get(metric)) for metric, _ in shown))
+    return table
+
+
+def _cell(metric: str, value: Mapping[str, float] | None) -> str:
+    if value is None:
+        return "–"
+    if metric == "tokens_per_s":
+        return _figure(value["mean"])
+    text = f"{100 * value['mean']:.0f}"
+    return f"{text} ({100 * value['low']:.0f}–{100 * value['high']:.0f})" if metric == "score" else text
+
+
+def _figure(value: Any) -> str:
+    """A number of any size with about three digits; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:,.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

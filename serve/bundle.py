@@ -1,0 +1,181 @@
+"""Opens what can be served: a bundle that the export stage wrote, or an untrained base with an index.
+
+Everything is checked before a model is loaded: the manifest, every file's size, the model's header and
+chat template. A bundle is data; nothing in it is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from domains.config import DomainConfig, read_config
+from domains.domain import Domain
+from domains.errors import DataError, ModelError
+from rag.embed import MiniLMEmbedder
+from rag.index import open_index
+from rag.retrieve import Retriever
+from serve.assistant import Assistant
+from serve.engine import Engine
+from serve.gguf_check import check_gguf
+from serve.manifest import MANIFEST, Manifest, read_manifest
+from serve.models import SMOLLM2, inference_gguf
+
+STUDENT = "student.gguf"
+
+
+@dataclass(frozen=True)
+class OpenBundle:
+    """An assistant ready to answer, and where it came from. ``manifest`` is None for an untrained base."""
+
+    assistant: Assistant
+    engine: Engine
+    retriever: Retriever
+    config: DomainConfig
+    manifest: Manifest | None
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """What the assistant is called on the wire: the domain's name."""
+        return self.config.domain.name
+
+    def close(self) -> None:
+        """Free the model and give the index's files back."""
+        self.engine.close()
+        self.retriever.index.close()
+
+    def __enter__(self) -> OpenBundle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_bundle(folder: Path, *, parallel: int | None = None, unready_ok: bool = False) -> OpenBundle:
+    """Check a bundle and load it.
+
+    Args:
+        folder: with ``manifest.json``, ``student.gguf``, ``index/``, ``domain.toml`` and ``prompts/``.
+        parallel: conversations at a time; as in ``domain.toml`` when None.
+        unready_ok: also open a bundle that has not passed the parity gate.
+
+    Raises:
+        DataError: the manifest, a file it names, or the index is missing or damaged.
+        ModelError: the student is damaged, not the one of the manifest, or not ready.
+        IndexMismatch: the index was built with another embedder.
+    """
+    manifest = read_manifest(folder)
+    if not manifest.ready and not unready_ok:
+        raise ModelError(
+            f"the bundle {str(folder)!r} is not ready: it has not passed the parity gate",
+            expected='"ready": true in manifest.json; parity.json has the numbers',
+            next_step=f"preceptor export {manifest.domain}",
+        )
+    _check_files(folder, manifest)
+    _check_student(folder / STUDENT, manifest)
+    config = read_config(folder / "domain.toml")
+    system = _read_prompt(folder / "prompts" / "system.md", manifest.domain)
+    return _open(
+        config, folder, gguf=folder / STUDENT, index_folder=folder / "index", system=system,
+        manifest=manifest, parallel=parallel,
+    )  # fmt: skip
+
+
+def open_base(domain: Domain, index_folder: Path, *, parallel: int | None = None) -> OpenBundle:
+    """The domain's untrained base with the domain's index: cited answers before any training.
+
+    Raises:
+        ModelError: there is no GGUF file of the base.
+        DataError: the index is missing or damaged.
+        IndexMismatch: the index was built with another embedder.
+    """
+    base = domain.config.student.base
+    if base != SMOLLM2 and not Path(base).expanduser().is_file():
+        raise ModelError(
+            f"the base {base!r} of {domain.name!r} can't answer before it is exported: it is no GGUF file",
+            expected=f"{SMOLLM2!r} or the path of a GGUF file in [student] base",
+            next_step=f"preceptor run {domain.name}   (trains and exports a student, which can be served)",
+        )
+    return _open(
+        domain.config, domain.folder, gguf=inference_gguf(base), index_folder=index_folder,
+        system=domain.prompts["system"], manifest=None, parallel=parallel,
+    )  # fmt: skip
+
+
+def _open(
+    config: DomainConfig,
+    folder: Path,
+    *,
+    gguf: Path,
+    index_folder: Path,
+    system: str,
+    manifest: Manifest | None,
+    parallel: int | None,
+) -> OpenBundle:
+    retriever = Retriever(
+        open_index(index_folder, embedder=MiniLMEmbedder()),
+        candidates=config.retrieve.candidates,
+        rrf_k=config.retrieve.rrf_k,
+        lexical_weight=config.retrieve.lexical_weight,
+        dense_weight=config.retrieve.dense_weight,
+    )
+    try:
+        engine = Engine(gguf, context=config.student.context, parallel=parallel or config.serve.parallel)
+    except BaseException:
+        retriever.index.close()
+        raise
+    assistant = Assistant(
+        engine,
+        retriever,
+        system=system,
+        abstain=config.domain.abstain,
+        top_k=config.retrieve.top_k,
+        max_tokens=config.serve.max_tokens,
+        withdraw_unsupported=config.serve.withdraw_unsupported,
+    )
+    return OpenBundle(assistant, engine, retriever, config, manifest, folder)
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    """Every file of the manifest is there in its size. Hashing gigabytes at each start would take minutes."""
+    problems = []
+    if STUDENT not in manifest.files:
+        problems.append(f"{STUDENT}: not in the manifest")
+    for name, entry in sorted(manifest.files.items()):
+        path = folder / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            problems.append(f"{name}: not a path inside the bundle")
+        elif not path.is_file():
+            problems.append(f"{name}: missing")
+        elif path.stat().st_size != entry.size_bytes:
+            problems.append(f"{name}: {path.stat().st_size} bytes instead of {entry.size_bytes}")
+    if problems:
+        raise DataError(
+            f"the bundle {str(folder)!r} is damaged: {'; '.join(problems)}",
+            expected=f"the files that {MANIFEST} names",
+            next_step=f"copy the bundle again, or preceptor export {manifest.domain}",
+        )
+
+
+def _check_student(gguf: Path, manifest: Manifest) -> None:
+    template = check_gguf(gguf).metadata.get("tokenizer.chat_template", "")
+    found = hashlib.sha256(str(template).encode()).hexdigest()
+    if found != manifest.template_sha256:
+        raise ModelError(
+            f"the chat template in {str(gguf)!r} has sha256 {found[:12]}…",
+            expected=f"{manifest.template_sha256[:12]}…, the one the student was trained with",
+            next_step=f"copy the bundle again, or preceptor export {manifest.domain}",
+        )
+
+
+def _read_prompt(path: Path, domain: str) -> str:
+    text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    if not text:
+        raise DataError(
+            f"{str(path)!r} is missing or empty",
+            expected="the domain's system prompt",
+            next_step=f"copy the bundle again, or preceptor export {domain}",
+        )
+    return text
