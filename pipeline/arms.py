@@ -172,6 +172,7 @@ def _ask_chunk(
         withdraw_unsupported=conditions.withdraw_unsupported,
     )
     asked = [_prepare(assistant, question) for _, question in chunk]
+    engine.forget()  # so that a resumed exam gives the answers of an uninterrupted one
     begin = time.perf_counter()
     answers = iter(assistant.ask_many([item for item in asked if item]))
     elapsed = time.perf_counter() - begin

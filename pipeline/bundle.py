@@ -34,7 +34,6 @@ _PACKAGES = (
     "bitsandbytes",
     "chromadb",
 )
-_META_PREFIX = "meta-llama/"
 
 
 def student_file(kind: GgufType, *, served: GgufType) -> str:
@@ -113,22 +112,21 @@ def mark_ready(bundle: Path, *, ready: bool) -> Manifest:
 def licence_notices(base: BaseModelFacts, *, domain_licence: str) -> list[str]:
     """What must be said of the licences of base model and documents, one line each."""
     notices = [f"Base model: {base.name}, licence {base.licence or 'unspecified'}."]
-    if is_meta_llama(base.name):
+    if is_meta_llama(base.licence):
         # Llama 3.2 Community License Agreement, 1.b (i) and (iii)
-        edition = base.name.removeprefix(_META_PREFIX).lower().removeprefix("meta-").split("-")
-        number = edition[1] if len(edition) > 1 and edition[0] == "llama" else "3.2"
+        edition = f"Llama {base.licence.lower().removeprefix('llama').strip('-_ ')}".strip()
         notices += [
             "Built with Llama",
-            f"Llama {number} is licensed under the Llama {number} Community License, "
+            f"{edition} is licensed under the {edition} Community License, "
             "Copyright © Meta Platforms, Inc. All Rights Reserved.",
         ]
     notices.append(f"Documents of the domain: licence {domain_licence}.")
     return notices
 
 
-def is_meta_llama(base: str) -> bool:
-    """Whether the Llama Community License binds a model made from this base."""
-    return base.startswith(_META_PREFIX)
+def is_meta_llama(licence: str) -> bool:
+    """Whether a base's licence is the Llama Community License, as Hugging Face names it (``llama3.2``)."""
+    return licence.lower().startswith("llama")
 
 
 def package_versions() -> dict[str, str]:

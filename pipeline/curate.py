@@ -31,6 +31,7 @@ from pipeline.rows import Kept, Origin, RowBuilder
 from pipeline.run_folder import Report, Run, disk_errors, need
 from rag.index import Index, open_index
 
+FEW_ROWS = 32
 ORIGINS = get_args(Origin)
 HINTS = {
     "teacher_answer": 'use a stronger teacher: [teacher] kind = "endpoint", see docs/teachers.md',
@@ -83,6 +84,11 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         write_jsonl(run.rejections, [*rejected, *contaminated])
         write_jsonl(run.examples, rows)
     progress.say(f"{len(kept)} of {len(rationales)} rationales kept, {len(rows)} training rows")
+    if len(rows) < FEW_ROWS:
+        progress.say(
+            f"Few rows: the student will learn little. Commonest rejection: {_commonest(reasons)}. "
+            "More questions, more samples or a stronger teacher give more."
+        )
     return Report(
         counts={
             "in": len(rationales),
@@ -96,6 +102,10 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         },
         facts={"exam_templates": guard.templates},
     )
+
+
+def _commonest(reasons: Counter[str]) -> str:
+    return "{} ({})".format(*reasons.most_common(1)[0]) if reasons else "none"
 
 
 def _check(

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
     config = domain.config
     tuned = need(run.export / "student-F16.gguf", stage="export")
     exported = need(run.bundle / "student.gguf", stage="export")
-    pool = exam_questions(domain)
+    pool, seen = exam_questions(domain)
     questions = draw_questions(pool, count=config.exam.questions, seed=config.exam.seed)
     base = base_gguf(config.student.base)
     index = open_index(need(run.index, stage="index"), embedder=MiniLMEmbedder())
@@ -78,6 +78,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
             resamples=config.exam.resamples,
             seed=config.exam.seed,
             not_drawn=len(pool) - len(questions),
+            seen_documents=seen,
             about={**_about(domain), "base": config.student.base},
             progress=progress,
         )
@@ -119,6 +120,7 @@ def examine(
     resamples: int,
     seed: int,
     not_drawn: int,
+    seen_documents: Set[str],
     about: dict[str, str],
     progress: Progress,
 ) -> Report:
@@ -135,6 +137,7 @@ def examine(
         resamples: bootstrap samples.
         seed: of the bootstrap and the drawn examples.
         not_drawn: exam questions that the configuration left out.
+        seen_documents: ids of the documents that seed questions are about.
         about: the domain as the report names it.
         progress: told what happens.
     """
@@ -157,6 +160,7 @@ def examine(
         resamples=resamples,
         seed=seed,
         not_drawn=not_drawn,
+        seen_documents=seen_documents,
         about=about,
         sources=Sources.of(run),
     )
@@ -165,6 +169,11 @@ def examine(
     _note_in_manifest(run.bundle)
     for lost in report["left_out"]["gold_not_found"]:
         progress.say(f"question {lost['question']}: its gold quote stands nowhere: {lost['quote'][:80]!r}")
+    if report["n_seen_documents"]:
+        progress.say(
+            f"{report['n_seen_documents']} of the exam's {report['n_documents']} documents have seed questions too: "
+            "the exam does not show what happens on new documents"
+        )
     progress.say(report["verdict"])
     return _stage_report(report)
 
@@ -198,8 +207,8 @@ def _stage_report(report: dict[str, Any]) -> Report:
     )
 
 
-def exam_questions(domain: Domain) -> list[Question]:
-    """The questions of the exam split, in the file's order.
+def exam_questions(domain: Domain) -> tuple[list[Question], set[str]]:
+    """The questions of the exam split, in the file's order; and the documents that seed questions are about.
 
     Raises:
         StageError: the domain has none.
@@ -221,7 +230,7 @@ def exam_questions(domain: Domain) -> list[Question]:
             expected='questions with "split": "exam", about documents that no seed question is about',
             next_step=f"add some to {path or 'a questions file, [corpus] questions in domain.toml'}",
         )
-    return exam
+    return exam, {question.about for question in questions if question.split == "seed"}
 
 
 def draw_questions(pool: Sequence[Question], *, count: int, seed: int) -> list[Question]:

@@ -39,8 +39,12 @@ _PRE_TOKENIZERS: dict[str, tuple[list[dict[str, Any]], bool]] = {
 }
 
 
-def write_vocabulary(writer: GGUFWriter, tokenizer: Any, *, template: str, size: int) -> None:
+def write_vocabulary(
+    writer: GGUFWriter, tokenizer: Any, *, template: str, size: int, end_of_turn: int | None = None
+) -> None:
     """Write a fast tokenizer's vocabulary, padded to ``size`` tokens.
+
+    ``end_of_turn`` is the token that ends a reply; by default the first of the usual ones that is there.
 
     Raises:
         ModelError: no byte-level BPE, a pre-tokenizer that llama.cpp has no name for, or too many tokens.
@@ -58,8 +62,8 @@ def write_vocabulary(writer: GGUFWriter, tokenizer: Any, *, template: str, size:
     if tokenizer.eos_token_id is not None:
         writer.add_eos_token_id(tokenizer.eos_token_id)
     ends = [tokens.index(text) for text in _TURN_ENDS if text in tokens]
-    if ends:
-        writer.add_eot_token_id(ends[0])
+    if end_of_turn is not None or ends:
+        writer.add_eot_token_id(ends[0] if end_of_turn is None else end_of_turn)
     if tokenizer.pad_token_id is not None:
         writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(adds_bos(tokenizer))

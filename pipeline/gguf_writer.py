@@ -92,6 +92,7 @@ def write_llama_gguf(
     name: str,
     licence: str,
     file_type: FileType = "F16",
+    end_of_turn: int | None = None,
     copy_tokenizer_from: Path | None = None,
 ) -> None:
     """Write a model; the file appears whole or not at all, and the same input gives the same bytes.
@@ -105,6 +106,7 @@ def write_llama_gguf(
         name: ``general.name``.
         licence: ``general.license``.
         file_type: of the matrices; vectors are always F32.
+        end_of_turn: the token that ends a reply, where the tokenizer's EOS is another.
         copy_tokenizer_from: a GGUF file of the same vocabulary, whose tokenizer keys are taken over.
 
     Raises:
@@ -117,7 +119,9 @@ def write_llama_gguf(
     if copy_tokenizer_from is not None:
         copy_vocabulary(writer, copy_tokenizer_from, template=template, size=config.vocab_size)
     else:
-        write_vocabulary(writer, tokenizer, template=template, size=config.vocab_size)
+        write_vocabulary(
+            writer, tokenizer, template=template, size=config.vocab_size, end_of_turn=end_of_turn
+        )
     plan = _plan(state, config, file_type)
     for target, (shape, dtype, _) in plan.items():
         writer.add_tensor_info(target, shape, dtype, int(np.prod(shape)) * dtype.itemsize)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ Imatrix = dict[str, NDArray[np.float32]]
 
 def collect_imatrix(
     model: Any,
-    rows: Sequence[Sequence[int]],
+    rows: Iterable[Sequence[int]],
     *,
     max_tokens: int,
     on_tokens: Callable[[int], None] | None = None,
@@ -50,6 +50,8 @@ def collect_imatrix(
     with torch.inference_mode(), _hooks(model, sums):
         for row in rows:
             piece = list(row)[: max_tokens - seen]
+            if seen >= max_tokens:
+                break
             if not piece:
                 continue
             ids = torch.tensor([piece], device=model.device)

@@ -2,7 +2,8 @@
 
 A pack is a plain concatenation: no padding, positions that restart with every row, and attention that never
 crosses from one row into another ("packing" without cross-contamination, arXiv 2107.02027). Attention runs
-row by row through PyTorch's fused kernel; a mask over the whole pack would compute, and keep, all pairs.
+row by row through PyTorch's fused kernel; a mask over the whole pack would compute the pairs between rows
+only to throw them away.
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    _mask: None,
     *,
     scaling: float,
     dropout: float = 0.0,

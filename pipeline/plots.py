@@ -62,7 +62,7 @@ def plot_arms(arms: Mapping[str, Mapping[str, float]], labels: Mapping[str, str]
             )
         axes.set_yticks(range(len(arms)), [labels.get(arm, arm) for arm in arms])
         axes.set_ylim(len(arms) - 0.5, -0.7)
-        axes.set_xlim(0, 1)
+        axes.set_xlim(-0.02, 1.02)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
         axes.set_xlabel("score, points")
         axes.grid(axis="x", alpha=0.2)

@@ -9,16 +9,15 @@ which is another network than the trained one. `attach_lora` gives every layer i
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from pipeline.quiet_libraries import known_peft_warnings, quiet_bitsandbytes
 
 BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _KEPT_SHARE = 1 / 3  # of the free memory that weights read back from NF4 may take
@@ -34,18 +33,6 @@ def training_dtype() -> torch.dtype:
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
-
-
-@contextmanager
-def quiet_bitsandbytes() -> Iterator[None]:
-    """Hides the line about a kernel that bitsandbytes would fetch from the network; offline is normal here."""
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def quantize_nf4(model: Any, *, keep_quantized: bool | None = None) -> bool:
@@ -78,7 +65,9 @@ def quantize_nf4(model: Any, *, keep_quantized: bool | None = None) -> bool:
             quant_type="nf4",
             device="meta",
         )
-        weight = Params4bit(linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4")
+        weight = Params4bit(
+            linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
+        )
         rounded.weight = weight.to(device)
         if linear.bias is not None:
             rounded.bias = nn.Parameter(linear.bias.data.to(device), requires_grad=False)
@@ -110,13 +99,13 @@ def attach_lora(model: Any, *, rank: int, alpha: float, dropout: float, seed: in
 
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # a float works
+        lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=list(BLOCK_LINEARS),
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), known_peft_warnings():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     return own_forward(adapted)
@@ -126,7 +115,9 @@ def load_adapter(model: Any, folder: Path) -> Any:
     """The PEFT model with the adapter saved in ``folder``, not trainable."""
     from peft import PeftModel
 
-    return own_forward(PeftModel.from_pretrained(model, str(folder), is_trainable=False))
+    with known_peft_warnings():
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    return own_forward(adapted)
 
 
 def own_forward(adapted: Any) -> Any:
@@ -140,7 +131,7 @@ def own_forward(adapted: Any) -> Any:
 
 
 def _lora_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """x Wᵀ + scaling · x Aᵀ Bᵀ; x is [..., in]."""
+    """Base and adapter together: x Wᵀ + scaling · x Aᵀ Bᵀ, x being [..., in]."""
     base = layer.get_base_layer()
     bias = None if base.bias is None else base.bias.to(x.dtype)
     if layer.disable_adapters or layer.merged:

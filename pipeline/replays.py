@@ -6,7 +6,9 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 from domains.records import Message, Passage, Question
+from pipeline.parity import Replay
 from pipeline.rows import answer_text, gold_quotes
+from pipeline.student import Base, encode_completion, encode_prompt, render_prompt
 from rag.answers import format_reply
 from rag.prompt import neutralise, render_question, student_messages
 
@@ -48,3 +50,17 @@ def _completion(question: Question, passages: Sequence[Passage], abstain: str) -
         return format_reply(quotes=[], rationale="", answer=abstain)
     quotes = gold_quotes(question, passages)[:_MOST_QUOTES]
     return format_reply(quotes=quotes, rationale="", answer=neutralise(answer_text(question)))
+
+
+def make_replay(base: Base, turn: Turn) -> Replay:
+    """A turn as training renders and tokenizes its rows."""
+    messages, completion = turn
+    prompt = render_prompt(base, messages)
+    return Replay(
+        messages=messages,
+        prompt=prompt,
+        prompt_tokens=encode_prompt(base, prompt),
+        completion=completion,
+        completion_tokens=encode_completion(base, completion),
+        end_tokens=[base.end_of_turn],
+    )

@@ -48,12 +48,7 @@ METRICS = (
     ("tokens_per_s", "Tokens per second", "written, prompts included, 8 questions at a time", "number"),
     ("seconds_per_question", "Seconds per question", "8 questions at a time", "number"),
 )
-VERDICT_TITLES = {
-    "helped": "Training helped",
-    "hurt": "Training hurt",
-    "do_not_fine_tune": "Do not fine-tune",
-    "no_difference": "No difference can be seen",
-}
+_KINDS = {"open": "open", "options": "with options", "yes_no": "yes/no", "unanswerable": "unanswerable"}
 _SUPPORT = {
     "supported": "supported by a quote",
     "unsupported": "not supported",
@@ -61,14 +56,15 @@ _SUPPORT = {
     "too_long": "prompt too long",
 }
 _TABLE = (
-    ("score", "score (95 %)"),
-    ("token_f1", "open F1"),
-    ("option_accuracy", "options"),
-    ("yes_no_accuracy", "yes/no"),
-    ("abstention_recall", "abstains\nwhen due"),
-    ("false_abstention", "abstains\nwrongly"),
-    ("citation_precision", "citations\nright"),
-    ("tokens_per_s", "tok/s"),
+    ("score", "score"),
+    ("token_f1", "open: token F1"),
+    ("option_accuracy", "options right"),
+    ("yes_no_accuracy", "yes/no right"),
+    ("abstention_recall", "abstains when due"),
+    ("false_abstention", "abstains wrongly"),
+    ("citation_precision", "citations right"),
+    ("citation_recall", "gold quotes cited"),
+    ("tokens_per_s", "tokens/s"),
 )
 
 
@@ -89,6 +85,7 @@ def render_report(report: Mapping[str, Any]) -> str:
         "share": lambda value: f"{100 * value:.0f}",
         "figure": _figure,
         "size": _size,
+        "tied": lambda text: text.replace(" %", "\u00a0%"),
         "duration": _duration,
         "words": lambda name: name.replace("_", " ").replace(".", ": "),
     }
@@ -104,38 +101,49 @@ def render_report(report: Mapping[str, Any]) -> str:
         arm_labels=ARM_LABELS,
         pair_labels=PAIR_LABELS,
         metrics=[row for row in METRICS if any(row[0] in arm for arm in report["arms"].values())],
-        titles=VERDICT_TITLES,
+        kinds=_KINDS,
+        verdict=report["verdict"].split(". ", 1),
         support=_SUPPORT,
         curated=curated,
     )
 
 
 def exam_table(report: Mapping[str, Any]) -> Table:
-    """The arms for the terminal: shares in points of 100, the score with its interval."""
+    """The arms for an 80-column terminal: shares in points of 100, the score with its interval."""
+    from rich import box
     from rich.table import Table
 
+    arms: Mapping[str, Mapping[str, Any]] = report["arms"]
     kinds = ", ".join(f"{count} {kind.replace('_', '/')}" for kind, count in report["kinds"].items())
-    table = Table(title=f"Exam: {report['n_questions']} questions ({kinds})", title_justify="left")
-    table.add_column("arm")
-    shown = [
-        (metric, name)
-        for metric, name in _TABLE
-        if any(metric in arm for arm in report["arms"].values())
-    ]  # fmt: skip
-    for _, name in shown:
-        table.add_column(name, justify="right")
-    for arm, metrics in report["arms"].items():
-        table.add_row(ARM_LABELS.get(arm, arm), *(_cell(metric, metrics.get(metric)) for metric, _ in shown))
+    table = Table(
+        title=f"Exam: {report['n_questions']} questions ({kinds})",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+    table.add_column("")
+    for arm in arms:
+        table.add_column(ARM_LABELS.get(arm, arm).replace(" + ", "\n+ "), justify="right")
+    for metric, name in _TABLE:
+        values = [arm.get(metric) for arm in arms.values()]
+        if any(values):
+            table.add_row(name, *(_cell(metric, value) for value in values))
+        if metric == "score":
+            table.add_row(
+                "  95 % interval",
+                *(
+                    f"{100 * value['low']:.0f}–{100 * value['high']:.0f}" if value else "–"
+                    for value in values
+                ),
+            )
     return table
 
 
 def _cell(metric: str, value: Mapping[str, float] | None) -> str:
     if value is None:
         return "–"
-    if metric == "tokens_per_s":
-        return _figure(value["mean"])
-    text = f"{100 * value['mean']:.0f}"
-    return f"{text} ({100 * value['low']:.0f}–{100 * value['high']:.0f})" if metric == "score" else text
+    return _figure(value["mean"]) if metric == "tokens_per_s" else f"{100 * value['mean']:.0f}"
 
 
 def _figure(value: Any) -> str:

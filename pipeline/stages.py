@@ -61,7 +61,11 @@ STAGES = (
         writes=("examples", "rejections"),
         sections=("domain", "curate", "retrieve"),
         prompts=("system",),
-        code=("pipeline.curate", "pipeline.verify", "pipeline.decontaminate", "rag.prompt", "rag.answers"),
+        code=(
+            "pipeline.curate", "pipeline.judge", "pipeline.verify", "pipeline.rows", "pipeline.decontaminate",
+            "pipeline.near_duplicates", "pipeline.wording", "domains.words", "rag.words", "rag.citations",
+            "rag.prompt", "rag.answers",
+        ),
     ),
     Stage(
         name="train",

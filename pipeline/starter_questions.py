@@ -1,6 +1,6 @@
 """Starter questions made from documents by rule, so that a new domain runs before anyone wrote questions.
 
-    answerable     "What does TITLE say about HEADING?"  answer: the section's first sentence(s)
+    answerable     "What does TITLE say about HEADING?"  answer: the section's first sentence
     unanswerable   the same with a heading of another document none of whose words occurs in this one
 
 Where a document has no headings, a paragraph stands for a section, and its two most telling words for
@@ -45,7 +45,8 @@ def starter_questions(
 ) -> list[Question]:
     """Questions with literal gold quotes, split by document; the same documents give the same questions.
 
-    A single document is split by section instead, else it would have no exam.
+    A document and the one it ``supersedes`` (in its front matter) stay on one side. A single document is
+    split by section instead, else it would have no exam.
 
     Raises:
         DataError: no section of any document holds a sentence that can be quoted.
@@ -66,6 +67,8 @@ def starter_questions(
             next_step="write questions.jsonl by hand, see docs/data.md",
         )
     drafts += _unanswerable(drafts, documents, sections, seed=seed)
+    family = _families(documents)
+    drafts = [replace(draft, group=family[draft.about]) for draft in drafts]
     if len(documents) == 1:
         drafts = [replace(draft, group=draft.id) for draft in drafts]
     return assign_split(drafts, seed=seed, seed_share=seed_share)
@@ -86,6 +89,18 @@ def _sections(document: Document, rarity: Mapping[str, float]) -> list[_Section]
         if section.heading and len(section.text) >= MIN_SECTION_CHARS:
             kept.setdefault(section.heading, section)
     return [*kept.values()]
+
+
+def _families(documents: Sequence[Document]) -> dict[str, str]:
+    """Document id → the oldest version of the document."""
+    former = {document.doc_id: document.meta.get("supersedes", "") for document in documents}
+    family = {}
+    for doc_id in former:
+        seen = [doc_id]
+        while (older := former[seen[-1]]) in former and older not in seen:
+            seen.append(older)
+        family[doc_id] = seen[-1]
+    return family
 
 
 def _rarity(documents: Sequence[Document]) -> dict[str, float]:
@@ -116,7 +131,8 @@ def _answerable(section: _Section) -> Draft | None:
         id=_question_id(doc_id, section.heading),
         kind="open",
         question=_ask(section.document, section.heading),
-        answer=cut[0],
+        # One sentence, so that a teacher's one sentence can carry it.
+        answer=squash(cut[1]),
         about=doc_id,
         group=doc_id,
         gold=(Quote(doc_id=doc_id, quote=cut[1]),),

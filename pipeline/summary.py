@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -80,6 +80,7 @@ def summarise(
     resamples: int,
     seed: int,
     not_drawn: int,
+    seen_documents: Set[str],
     about: Mapping[str, str],
     sources: Sources,
 ) -> dict[str, Any]:
@@ -94,6 +95,7 @@ def summarise(
         resamples: bootstrap samples.
         seed: of the bootstrap and the drawn examples.
         not_drawn: exam questions that were not asked.
+        seen_documents: ids of the documents that seed questions are about.
         about: the domain: name, title, disclaimer, licence, base.
         sources: what other stages left behind.
     """
@@ -110,6 +112,7 @@ def summarise(
         "verdict": verdict.text,
         "verdict_code": verdict.code,
         **draw.facts(),
+        "n_seen_documents": len(seen_documents & {question.about for question in questions}),
         "arms": arms,
         "differences": differences,
         "retrieval": draw.intervals(

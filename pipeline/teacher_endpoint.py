@@ -203,7 +203,7 @@ class EndpointTeacher:
 
     def _refused(self, error: openai.APIStatusError) -> Outcome:
         """What an HTTP error means: `Failure` of this request, `_Wait`, or `TeacherError`."""
-        code, text = error.status_code, _short(str(error.message))
+        code, text = error.status_code, _said(error)
         if code in {401, 403}:
             raise TeacherError(
                 f"{self.host} refuses the key ({code}): {text}",
@@ -246,7 +246,7 @@ class EndpointTeacher:
                 return None
         if not seconds <= MAX_RETRY_AFTER_S:
             raise TeacherError(
-                f"{self.host} asks to wait {seconds:.0f} s ({error.status_code}): {_short(str(error.message))}",
+                f"{self.host} asks to wait {seconds:.0f} s ({error.status_code}): {_said(error)}",
                 expected=f"at most {MAX_RETRY_AFTER_S:.0f} s",
                 next_step="run the same command later: what is answered is not asked again",
             )
@@ -288,6 +288,13 @@ def _backoff(request: Request, attempt: int, asked_s: float | None) -> float:
     jitter = 0.5 + int.from_bytes(digest[:4], "big") / 2**32
     own: float = min(MAX_BACKOFF_S, 2.0**attempt) * jitter
     return own if asked_s is None else asked_s + (jitter - 0.5)
+
+
+def _said(error: openai.APIStatusError) -> str:
+    """The provider's own words about an HTTP error."""
+    body = error.body
+    message = body.get("message") if isinstance(body, dict) else None
+    return _short(message if isinstance(message, str) else str(error.message))
 
 
 def _short(text: str) -> str:

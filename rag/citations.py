@@ -134,7 +134,8 @@ def _normalise(text: str) -> _Normal:
                 out.append(" ")
                 origin.append(i)
             continue
-        for piece in unicodedata.normalize("NFKC", char).translate(_SAME):
+        # Before and after: NFKC would take the acute accent for a blank, and makes a hyphen of others.
+        for piece in unicodedata.normalize("NFKC", char.translate(_SAME)).translate(_SAME):
             if piece != " ":
                 out.append(piece)
                 origin.append(i)

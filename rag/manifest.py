@@ -52,7 +52,7 @@ def read_manifest(folder: Path) -> Manifest | None:
             raise IndexMismatch(
                 f"the index in {str(folder)!r} has format {found!r}",
                 expected=f"format {FORMAT}",
-                next_step=f"delete the folder, then {REBUILD}",
+                next_step=f"{REBUILD}   (rebuilds it)",
             ) from None
         raise DataError(
             f"{path} is damaged",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from domains.errors import DataError, RunLocked
+from domains.errors import DataError, IndexMismatch, RunLocked
 from domains.jsonl import write_jsonl, write_text_atomic
 from domains.records import Document, Passage
 from rag.embed import Embedder
@@ -158,7 +158,7 @@ def _former(folder: Path, embedder: Embedder) -> Manifest | None:
     """The index so far, or None where nothing of it can be kept (damaged, other format or embedder)."""
     try:
         former = read_manifest(folder)
-    except DataError:
+    except (DataError, IndexMismatch):
         return None
     if former and (former.embedder, former.dimensions) != (embedder.name, embedder.dimensions):
         return None

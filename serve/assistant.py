@@ -30,8 +30,8 @@ class Retrieves(Protocol):
 class Asked:
     """A question ready for the model: its tokens and the evidence shown with it.
 
-    ``max_tokens`` is the most the reply may have, ``context`` what prompt and reply must fit into,
-    ``dropped_turns`` how many of the oldest turns of the history were left out to make room.
+    ``max_tokens`` is the most the reply may have, ``dropped_turns`` how many of the oldest turns of the
+    history were left out to make room.
     """
 
     question: str
@@ -39,7 +39,6 @@ class Asked:
     tokens: list[int]
     hits: list[Hit]
     max_tokens: int
-    context: int
     dropped_turns: int = 0
 
 
@@ -111,7 +110,7 @@ class Assistant:
                     raise
                 dropped = min(dropped + 2, len(history))
             else:
-                return Asked(question, query, tokens, hits, limit, self.engine.context, dropped)
+                return Asked(question, query, tokens, hits, limit, dropped)
 
     def _find(self, query: str) -> list[Hit]:
         if self.retriever is None:

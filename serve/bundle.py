@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from domains.config import DomainConfig, read_config
-from domains.domain import Domain
-from domains.errors import DataError, ModelError
+from domains.domain import Domain, find_domain
+from domains.errors import ConfigError, DataError, ModelError
 from rag.embed import MiniLMEmbedder
 from rag.index import open_index
 from rag.retrieve import Retriever
@@ -51,6 +51,44 @@ class OpenBundle:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def find_bundle(target: str, runs: Path, *, base: bool = False) -> Path:
+    """The bundle that is meant: a path, or the latest of a domain's runs.
+
+    Args:
+        target: the path of a bundle, or a domain (a name or a path).
+        runs: the folder with all runs, ``<runs>/<domain>/<run>/bundle``.
+        base: only the bundle's index is wanted, which is there long before the rest.
+
+    Raises:
+        DataError: there is none yet.
+    """
+    wanted = "index/index.json" if base else MANIFEST
+    if (Path(target).expanduser() / wanted).is_file():
+        return Path(target).expanduser()
+    domain = _domain_name(target)
+    latest = runs / domain / "latest" / "bundle"
+    if not base and (latest / wanted).is_file():
+        return latest
+    found = [path for path in (runs / domain).glob(f"*/bundle/{wanted}") if path.parts[-4 - base] != "latest"]
+    if found:
+        newest = max(found, key=lambda path: (path.stat().st_mtime_ns, str(path)))
+        return newest.parent.parent if base else newest.parent
+    raise DataError(
+        f"no {'index' if base else 'finished run'} of {domain!r} in {str(runs)!r}",
+        expected="the path of a bundle, or a domain that was run",
+        next_step=f"preceptor run {target}",
+    )
+
+
+def _domain_name(target: str) -> str:
+    try:
+        return read_config(find_domain(target) / "domain.toml").domain.name
+    except ConfigError:
+        if Path(target).name == target:
+            return target  # its folder may be gone; its runs say whether it is known
+        raise
 
 
 def open_bundle(folder: Path, *, parallel: int | None = None, unready_ok: bool = False) -> OpenBundle:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from rich.console import Console
+
 from domains.errors import ContextOverflow
 from domains.records import Answer, Hit, Message
 from serve.assistant import Asked, Assistant
+from serve.bundle import OpenBundle
 from serve.turns import retrieval_query, source_lines
 
 HELP = """\
@@ -16,6 +19,25 @@ Ask a question; a follow-up may lean on the one before.
 /help     this text
 /quit     leave
 """
+
+
+def chat_session(bundle: OpenBundle, console: Console) -> None:
+    """Talk with the person at the console until ``/quit``, Ctrl-D or Ctrl-C."""
+    about = bundle.config.domain
+    for line in (about.title, about.disclaimer, "/help lists the commands, /quit leaves."):
+        if line:
+            console.print(line, markup=False, highlight=False)
+    for text in chat_lines(bundle.assistant, _typed(console)):
+        console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+
+
+def _typed(console: Console) -> Iterator[str]:
+    while True:
+        try:
+            yield console.input("\n> ")
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
 
 
 def chat_lines(assistant: Assistant, lines: Iterable[str]) -> Iterator[str]:
@@ -33,23 +55,6 @@ def chat_lines(assistant: Assistant, lines: Iterable[str]) -> Iterator[str]:
             yield talk.command(said)
         elif said:
             yield from talk.ask(said)
-
-
-def answer_lines(assistant: Assistant, question: str) -> Iterator[str | Answer]:
-    """Answer one question: text to be written as it is, then the checked `Answer`.
-
-    Raises:
-        ContextOverflow: the question does not fit.
-    """
-    answer = None
-    for piece in assistant.stream(assistant.prepare(question)):
-        if isinstance(piece, Answer):
-            answer = piece
-        elif piece:
-            yield piece
-    assert answer is not None  # a stream ends with its answer
-    yield "\n" + verdict_text(answer)
-    yield answer
 
 
 class _Talk:
@@ -87,7 +92,8 @@ class _Talk:
         if self._last is None:
             return "Nothing has been asked yet.\n"
         asked, answer = self._last
-        lines = explain(asked, answer) if said == "/why" else _passage_lines(answer)
+        context = self._assistant.engine.context
+        lines = explain(asked, answer, context=context) if said == "/why" else _passage_lines(answer)
         return "".join(f"{line}\n" for line in lines)
 
 
@@ -102,12 +108,13 @@ def verdict_text(answer: Answer) -> str:
     return "No passage supports what the model wrote, so it is not shown.\n"
 
 
-def explain(asked: Asked, answer: Answer) -> list[str]:
+def explain(asked: Asked, answer: Answer, *, context: int) -> list[str]:
     """Why an answer came out as it did: passages and their ranks, quotes and their check, tokens.
 
     Args:
         asked: the question as it was put to the model.
         answer: what came of it.
+        context: tokens that prompt and reply must fit into.
     """
     lines = [f"Looked for: {' '.join(asked.query.split())!r}"]
     lines += [f"Passages shown to the model: {len(asked.hits)}"]
@@ -129,7 +136,7 @@ def explain(asked: Asked, answer: Answer) -> list[str]:
         lines.append(f"Oldest turns left out: {asked.dropped_turns}")
     lines.append(
         f"Tokens: {len(asked.tokens)} in the prompt, {answer.completion_tokens} written (at most "
-        f"{asked.max_tokens}), {asked.context} in the context; nothing was cut"
+        f"{asked.max_tokens}), {context} in the context; nothing was cut"
     )
     return lines
 

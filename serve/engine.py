@@ -252,8 +252,7 @@ class Engine:
         for index, prompt in enumerate(prompts):
             done = None if on_done is None else (lambda result, index=index: on_done(index, result))
             jobs.append(self._job(prompt, max_tokens, temperature, seed + index, done))
-        for job in jobs:
-            self._submit(job)
+        self._submit(*jobs)  # all at once: which prompts share a batch must not depend on the clock
         try:
             return [_result(job) for job in jobs]
         except BaseException:  # also Ctrl-C: let the engine forget what is still queued
@@ -290,6 +289,18 @@ class Engine:
         finally:
             job.cancelled.set()
 
+    def forget(self) -> None:
+        """Drop the caches of idle sequences: what an idle engine writes next depends on its prompts alone.
+
+        A prompt whose beginning is cached is decoded in other batches than a fresh one, and the rounding of
+        another batch can turn a near-tie between two tokens.
+        """
+        with self._lock:
+            for slot in self._slots:
+                if slot.job is None:
+                    self._c.llama_memory_seq_rm(self._memory, slot.number, -1, -1)
+                    slot.cached = []
+
     def _job(
         self,
         prompt: Sequence[int],
@@ -305,11 +316,12 @@ class Engine:
         self.check_fits(len(prompt), max_tokens)
         return _Job(list(prompt), max_tokens, temperature, seed, on_done)
 
-    def _submit(self, job: _Job) -> None:
+    def _submit(self, *jobs: _Job) -> None:
         with self._lock:
             if self._closed:
                 raise _closed_error()
-            self._waiting.put(job)
+            for job in jobs:
+                self._waiting.put(job)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="llama.cpp", daemon=True)
                 self._thread.start()

@@ -30,7 +30,7 @@ def error_body(
 ) -> bytes:
     """An error as OpenAI's API words it, in JSON."""
     error = {"message": message, "type": kind, "param": param, "code": code}
-    return json.dumps({"error": error}, ensure_ascii=False).encode()
+    return json.dumps({"error": error}).encode()
 
 
 class Guard:

@@ -78,8 +78,8 @@ def serve_bundle(
         bundle: what answers.
         host: a loopback address or ``localhost``.
         port: 0 takes a free one.
-        token: see `serve.secrets.access_token`.
-        on_ready: called with the base URL (``http://127.0.0.1:8080/v1``) once requests are taken.
+        token: see `serve.secrets.service_token`.
+        on_ready: called with the address (``http://127.0.0.1:8080``) once requests are taken.
 
     Raises:
         ConfigError: the host is not this machine's loopback, or the port is taken.
@@ -88,7 +88,7 @@ def serve_bundle(
     address = listener.getsockname()
     name = f"[{address[0]}]" if ":" in address[0] else address[0]
     try:
-        make_server(bundle, token=token, on_ready=lambda: on_ready(f"http://{name}:{address[1]}/v1")).run(
+        make_server(bundle, token=token, on_ready=lambda: on_ready(f"http://{name}:{address[1]}")).run(
             sockets=[listener]
         )
     finally:

@@ -22,11 +22,14 @@ class BundleFile(Record):
 
 
 class BaseModelFacts(Record):
-    """The base model the student was trained from; ``sha256`` is of its weights, empty where unknown."""
+    """The base model the student was trained from.
+
+    ``version`` identifies its weights: ``sha256:…`` of files, or ``commit:…`` of a Hugging Face snapshot.
+    """
 
     name: str
     licence: str
-    sha256: str
+    version: str
 
 
 class Manifest(Record):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from domains.records import Answer, Message, Record
 from serve.turns import sources_text, without_sources
@@ -19,6 +19,18 @@ _IGNORED = (
     "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls",
     "reasoning_effort", "verbosity",
 )  # fmt: skip
+
+
+def _encodable(text: str) -> str:
+    """JSON can spell half a surrogate pair, which is no character and has no UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"no valid text: half a surrogate pair at character {error.start}") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
 Nothing = Annotated[list[Any] | dict[str, Any], Field(max_length=0)]
 
 
@@ -26,14 +38,14 @@ class TextPart(Record):
     """A piece of a message; other kinds (images, audio) are an error."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(Record):
     """One message of a request. ``system`` and ``developer`` messages are accepted and not used."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
     name: str | None = None
     refusal: None = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -62,7 +74,7 @@ class ChatRequest(Record):
     """The body of POST /v1/chat/completions.
 
     ``max_tokens`` (or its new name ``max_completion_tokens``) can lower the assistant's own limit, not
-    raise it. ``temperature`` is 0 unless given: the assistant answers the same question the same way.
+    raise it. ``temperature`` is 0 (greedy) unless given.
     """
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=1000)

@@ -15,7 +15,7 @@ TOKEN_ENV = "PRECEPTOR_TOKEN"  # noqa: S105  (the variable's name)
 _MIN_CHARS = 16
 
 
-def access_token() -> str:
+def service_token() -> str:
     """``$PRECEPTOR_TOKEN``, else the user's token from the cache folder, made when there is none.
 
     Raises:

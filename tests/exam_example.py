@@ -17,7 +17,20 @@ from pipeline.run_folder import Finished, Run
 from serve.engine import Completion
 
 ABSTAIN = "I don't know: the documents do not say."
-CLUBS = "alder birch cedar dogwood elm fir ginkgo hazel ivy juniper kapok larch".split()
+CLUBS = [
+    "alder",
+    "birch",
+    "cedar",
+    "dogwood",
+    "elm",
+    "fir",
+    "ginkgo",
+    "hazel",
+    "ivy",
+    "juniper",
+    "kapok",
+    "larch",
+]
 
 
 def passages() -> list[Passage]:
@@ -126,6 +139,9 @@ class ActorEngine:
         if prompt_tokens + max_tokens > self.context:
             raise ContextOverflow(f"{prompt_tokens} + {max_tokens} tokens")
 
+    def forget(self) -> None:
+        assert not self.closed
+
     def generate(self, prompts: list[list[int]], *, max_tokens: int) -> list[Completion]:
         assert not self.closed
         made = []
@@ -142,7 +158,7 @@ class ActorEngine:
         club = re.search(r"(\w+) club", question)[1]
         fact = re.search(rf"Members of the {club} club pay (\d+) euros\.", prompt)
         if not fact or CLUBS.index(club) * 100 >= self.skill * len(CLUBS):
-            return "Answer: It is complicated."
+            return "Answer: That is rather complicated to tell."
         if "founded" in question:
             return f"Answer: {ABSTAIN}"
         answer = "B" if "fee" in question else "yes" if question.startswith("Do") else f"{fact[1]} euros"
@@ -196,6 +212,7 @@ def take_exam(run: Run, models: dict, **changes) -> tuple[dict, Silent]:
         "resamples": 300,
         "seed": 0,
         "not_drawn": 2,
+        "seen_documents": set(),
         "about": {
             "name": "clubs",
             "title": "Clubs <of> town",

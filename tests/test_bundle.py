@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from domains.errors import DataError, ModelError, PreceptorError
+from domains.errors import ConfigError, DataError, ModelError, PreceptorError
 from pipeline.bundle import close_bundle, mark_ready
-from serve.bundle import open_base, open_bundle
+from serve.bundle import find_bundle, open_base, open_bundle
 from serve.gguf_check import check_gguf
 from serve.manifest import BaseModelFacts
 from serve.models import inference_gguf
@@ -34,7 +34,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         config=domain.config,
         prompts=domain.prompts,
-        base=BaseModelFacts(name="SmolLM2-135M-Instruct", licence="apache-2.0", sha256=""),
+        base=BaseModelFacts(name="SmolLM2-135M-Instruct", licence="apache-2.0", version=""),
         teachers=["local"],
         template=str(check_gguf(gguf).metadata["tokenizer.chat_template"]),
     )
@@ -168,3 +168,31 @@ def test_a_base_without_a_gguf_says_what_to_do(tmp_path: Path) -> None:
         open_base(load_domain(str(domain.folder)), tmp_path / "index")
     assert "meta-llama/Llama-3.2-1B-Instruct" in caught.value.what
     assert "preceptor run shelf" in caught.value.next_step
+
+
+def test_a_domains_bundle_is_that_of_its_latest_run(tmp_path: Path) -> None:
+    folder = write_domain(tmp_path / "somewhere").folder
+    runs = tmp_path / "runs"
+
+    def write(run: str, name: str, age: int) -> Path:
+        path = runs / "shelf" / run / "bundle" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}", encoding="utf-8")
+        os.utime(path, ns=(10**18 - age, 10**18 - age))
+        return runs / "shelf" / run / "bundle"
+
+    with pytest.raises(DataError) as caught:
+        find_bundle(str(folder), runs)
+    assert caught.value.next_step == f"preceptor run {folder}"
+    indexed = write("quick", "index/index.json", age=5)
+    assert find_bundle("shelf", runs, base=True) == indexed
+    with pytest.raises(DataError):
+        find_bundle("shelf", runs)
+    old, new = write("old", "manifest.json", age=9), write("new", "manifest.json", age=1)
+    assert find_bundle("shelf", runs) == new
+    (runs / "shelf" / "latest").symlink_to("old")
+    assert find_bundle(str(folder), runs).resolve() == old
+    assert find_bundle("shelf", runs, base=True) == indexed
+    assert find_bundle(str(new), runs) == new
+    with pytest.raises(ConfigError):
+        find_bundle(str(tmp_path / "nowhere"), runs)

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 
-from domains.errors import ContextOverflow
-from domains.records import Answer, Message
-from serve.chat import answer_lines, chat_lines, explain
+from domains.records import Message
+from serve.chat import chat_lines, chat_session, explain
 from serve.turns import retrieval_query, source_lines, sources_text, without_sources
 from tests.small_serving import ABSTAIN, scripted_assistant
 
@@ -19,14 +19,6 @@ def test_an_answer_is_followed_by_its_literal_sources() -> None:
     assert text == (
         '40 mg once a day.\nSources\n  [1] Brenzal: "The adult dose of Brenzal is 40 mg once a day."\n'
     )
-
-
-def test_one_question_gives_its_text_and_the_checked_answer() -> None:
-    assistant, _, _ = scripted_assistant(DOSE, "Brenzal")
-    *text, answer = answer_lines(assistant, "What is the dose of Brenzal?")
-    assert isinstance(answer, Answer)
-    assert answer.support == "supported"
-    assert "".join(str(piece) for piece in text).startswith("40 mg once a day.\nSources\n")
 
 
 def test_what_was_withdrawn_or_unknown_is_said() -> None:
@@ -81,8 +73,6 @@ def test_old_turns_are_dropped_with_a_word_and_a_question_is_never_cut() -> None
     assert "at most 800" in refused
     assert "Why? Why?" not in engine.prompts[-1]
     assert refused.count("Sources") == 1
-    with pytest.raises(ContextOverflow):
-        list(answer_lines(assistant, "Why? " * 300))
 
 
 def test_commands_before_and_after_a_question() -> None:
@@ -101,7 +91,7 @@ def test_why_names_ranks_quotes_and_tokens() -> None:
     reply = '"Brenzal cures headaches." [2]\n' + DOSE
     assistant, _, _ = scripted_assistant(reply, "Brenzal", "Corvane")
     asked = assistant.prepare("What is the dose?", query="dose of Brenzal")
-    lines = explain(asked, assistant.ask_many([asked])[0])
+    lines = explain(asked, assistant.ask_many([asked])[0], context=2048)
     text = "\n".join(lines)
     assert "Looked for: 'dose of Brenzal'" in text
     assert "[1] Brenzal: fused score 0.0164, dense rank 1, lexical rank 2, quoted" in text
@@ -110,18 +100,18 @@ def test_why_names_ranks_quotes_and_tokens() -> None:
     assert '"Brenzal cures headaches."' in text
     assert "Verdict: supported" in text
     assert f"Tokens: {len(asked.tokens)} in the prompt" in text
-    assert "100000 in the context" in text
+    assert "2048 in the context" in text
 
 
 def test_why_shows_what_was_withdrawn_and_what_was_found_by_overlap() -> None:
     gone, _, _ = scripted_assistant("Answer: It cures headaches at once.", "Brenzal")
     asked = gone.prepare("What for?")
     assert "The model wrote: 'Answer: It cures headaches at once.'" in explain(
-        asked, gone.ask_many([asked])[0]
+        asked, gone.ask_many([asked])[0], context=2048
     )
     found, _, _ = scripted_assistant("Answer: Brenzal is a tablet against hay fever.", "Brenzal")
     asked = found.prepare("What is it?")
-    text = "\n".join(explain(asked, found.ask_many([asked])[0]))
+    text = "\n".join(explain(asked, found.ask_many([asked])[0], context=2048))
     assert 'word overlap: [1] "Brenzal is a tablet against hay fever."' in text
     assert "supports the answer" in text
 
@@ -134,12 +124,22 @@ def test_sources_can_be_taken_off_an_earlier_answer() -> None:
     assert without_sources("No sources: none.") == "No sources: none."
 
 
-def test_chat_with_the_real_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ["/quit\n", ""])
+def test_a_session_with_the_real_model_lasts_until_quit_or_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    from rich.console import Console
+
     from serve.bundle import open_base
     from tests.small_serving import write_domain, write_index
 
     write_index(tmp_path / "index")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"What is the adult dose of Brenzal?\n/why\n{ending}"))
+    console = Console(file=io.StringIO(), width=60)
     with open_base(write_domain(tmp_path / "domain"), tmp_path / "index", parallel=1) as opened:
-        shown = list(chat_lines(opened.assistant, ["What is the adult dose of Brenzal?", "/why"]))
-    assert shown[-1].count("dense rank") == 2
-    assert "[1] Brenzal" in shown[-1]
+        chat_session(opened, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.startswith("A small shelf\n")
+    assert shown.count("dense rank") == 2
+    assert "[1] Brenzal" in shown  # not taken for markup
+    assert "1024 in the context" in shown

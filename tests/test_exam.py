@@ -10,7 +10,7 @@ from exam_example import ABSTAIN, CLUBS, ActorEngine, Shelf, make_run, passages,
 from domains.domain import load_domain
 from domains.errors import DataError, ModelError, StageError
 from domains.jsonl import read_jsonl, write_jsonl, write_text_atomic
-from domains.records import Answer, Document, Question, Quote
+from domains.records import Answer, Document, Quote
 from pipeline import exam
 from pipeline.arms import CHUNK, Arm, Conditions, Remembered, Row, ask_arms
 from pipeline.exam import draw_questions, exam_questions
@@ -217,6 +217,12 @@ def test_few_documents_are_resampled_by_question(tmp_path):
     assert (report["n_documents"], report["resampled"]) == (3, "questions")
 
 
+def test_documents_that_training_asked_about_are_counted_and_said(tmp_path):
+    report, progress = take_exam(*make_run(tmp_path), seen_documents={"alder", "elm", "some-seed-document"})
+    assert report["n_seen_documents"] == 2
+    assert any("2 of the exam's 12 documents have seed questions too" in line for line in progress.lines)
+
+
 def test_a_metric_that_no_question_speaks_of_is_left_out(tmp_path):
     asked = [question for question in questions() if question.kind == "open"]
     report, _ = take_exam(*make_run(tmp_path), questions=asked)
@@ -248,7 +254,7 @@ def test_the_bundles_manifest_learns_of_the_report(tmp_path):
             domain="clubs",
             title="Clubs",
             domain_licence="CC0-1.0",
-            base=BaseModelFacts(name="x", licence="", sha256=""),
+            base=BaseModelFacts(name="x", licence="", version=""),
             teachers=["local"],
             template_sha256="",
             versions={"gguf": "0.1"},
@@ -344,6 +350,12 @@ def test_without_exam_questions_the_stage_says_what_to_write(tmp_path):
     with pytest.raises(StageError, match="0 of 48 questions") as caught:
         exam_questions(_domain(tmp_path, seeds))
     assert '"split": "exam"' in str(caught.value)
+
+
+def test_documents_of_seed_questions_are_known(tmp_path):
+    mixed = [q.model_copy(update={"split": "seed"}) if q.about == "elm" else q for q in questions()]
+    exam_part, seen = exam_questions(_domain(tmp_path, mixed))
+    assert (len(exam_part), seen) == (44, {"elm"})
 
 
 def test_two_questions_of_one_id_are_refused(tmp_path):

@@ -22,7 +22,7 @@ from serve.assistant import Assistant
 from serve.bundle import OpenBundle, open_base
 from serve.guard import MAX_BODY_BYTES
 from serve.http import create_app, make_server, serve_bundle
-from serve.secrets import access_token, stored_token
+from serve.secrets import service_token, stored_token
 from tests.small_serving import ABSTAIN, scripted_assistant, write_domain, write_index
 
 TOKEN = "a-token-of-the-tests-0123456789"
@@ -209,11 +209,13 @@ def test_the_async_client_gets_the_same(scripted: int) -> None:
     assert whole == streamed
 
 
-def test_the_same_question_gets_the_same_answer_from_the_real_model(real: int) -> None:
+def test_the_real_model_answers_whole_with_honest_counts(bundle: OpenBundle, real: int) -> None:
     with client(real) as api:
-        one, two = (api.chat.completions.create(model="shelf", **ASK).choices[0].message for _ in range(2))
-    assert one == two
-    assert one.content
+        reply = api.chat.completions.create(model="shelf", max_tokens=4, **ASK)
+    assert reply.usage is not None
+    assert (reply.usage.completion_tokens, reply.choices[0].finish_reason) == (4, "length")
+    assert reply.usage.prompt_tokens == len(bundle.assistant.prepare("What is the dose?").tokens)
+    assert reply.choices[0].message.content
 
 
 def test_the_conversation_goes_along_without_sources_and_without_system_messages() -> None:
@@ -264,6 +266,8 @@ BAD: list[tuple[Any, str, str | None]] = [
     ({"messages": [{"role": "tool", "content": "x"}]}, "unsupported_value", "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "unsupported_value", "messages"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "unsupported_value", "messages"),
+    ({**ASK, "\ud800": 1}, "unsupported_value", None),
+    ({**ASK, "model": "\ud800"}, "model_not_found", "model"),
     (b"{not json", "invalid_json", None),
     (b"", "unsupported_value", None),
     (b"[]", "unsupported_value", None),
@@ -275,7 +279,7 @@ def test_a_request_that_asks_for_something_else_is_an_error_in_openais_words(
     scripted: int, body: Any, code: str, param: str | None
 ) -> None:
     status, reply, _ = send(scripted, "POST", "/v1/chat/completions", body)
-    assert status == 400
+    assert status == (404 if code == "model_not_found" else 400)
     assert reply["error"]["code"] == code
     assert reply["error"]["param"] == param
     assert reply["error"]["message"]
@@ -461,7 +465,7 @@ def test_serving_tells_its_address_and_ends_with_an_interrupt() -> None:
     answers: list[str | None] = []
 
     def use(url: str) -> None:
-        with openai.OpenAI(base_url=url, api_key=TOKEN, max_retries=0) as api:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=TOKEN, max_retries=0) as api:
             answers.append(api.chat.completions.create(model="shelf", **ASK).choices[0].message.content)
         signal.raise_signal(signal.SIGINT)
 
@@ -495,17 +499,17 @@ def test_a_taken_port_is_named(scripted: int) -> None:
 def test_the_token_is_made_once_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRECEPTOR_CACHE", str(tmp_path))
     monkeypatch.delenv("PRECEPTOR_TOKEN", raising=False)
-    token = access_token()
+    token = service_token()
     assert len(token) >= 43  # 32 random bytes
-    assert access_token() == token
+    assert service_token() == token
     assert stat.S_IMODE((tmp_path / "token").stat().st_mode) == 0o600
     assert [path.name for path in tmp_path.iterdir()] == ["token"]
     monkeypatch.setenv("PRECEPTOR_TOKEN", "given-by-the-environment")
-    assert access_token() == "given-by-the-environment"
+    assert service_token() == "given-by-the-environment"
     for weak in ("short", "has blanks in it, many", "é" * 20):
         monkeypatch.setenv("PRECEPTOR_TOKEN", weak)
         with pytest.raises(ConfigError):
-            access_token()
+            service_token()
 
 
 def test_processes_that_start_together_agree_on_one_token(tmp_path: Path) -> None:

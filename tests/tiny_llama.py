@@ -7,6 +7,7 @@ text as Llama 3 does, Llama 3's control tokens and chat template, and a BOS that
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 CONTROL_TOKENS = (
     "<|begin_of_text|>",
@@ -76,11 +77,11 @@ def make_tiny_llama(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def _tokenizer():  # type: ignore[no-untyped-def]  # transformers has no types here
+def _tokenizer() -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    merges = [tuple(pair.split(" ")) for pair in _MERGES.split(",")]
+    merges = [(left, right) for left, _, right in (pair.partition(" ") for pair in _MERGES.split(","))]
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(pair) for pair in merges]
     vocab = {symbol: index for index, symbol in enumerate(symbols)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))

@@ -1,0 +1,161 @@
+"""The training loop: AdamW on the adapter, cosine schedule, gradient clipping, checkpoints, validation."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from domains.errors import StageError
+from domains.jsonl import write_text_atomic
+from pipeline.checkpoint import State, read_state, restore, save_checkpoint
+from pipeline.packing import Pack, Row, pack, pack_hidden
+from pipeline.progress import Progress
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train; everything that changes the result."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    learning_rate: float
+    warmup_share: float
+    epochs: int
+    pack_tokens: int
+    packs_per_step: int
+    max_grad_norm: float
+    seed: int
+
+
+class Trainer:
+    """The loop. ``weights`` are the adapter's parameters by name."""
+
+    def __init__(
+        self,
+        adapted: Any,
+        network: Any,
+        rows: Sequence[Row],
+        validation: Sequence[Row],
+        settings: Settings,
+        folder: Path,
+        fingerprint: str,
+    ) -> None:
+        self.adapted, self.network, self.settings, self.folder = adapted, network, settings, folder
+        self.weights = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=settings.learning_rate, weight_decay=0.0)
+        self.validation = pack(validation, settings.pack_tokens, seed=settings.seed, epoch=-1)
+        self.epochs = [
+            steps_of(
+                pack(rows, settings.pack_tokens, seed=settings.seed, epoch=epoch), settings.packs_per_step
+            )
+            for epoch in range(settings.epochs)
+        ]
+        self.fingerprint = fingerprint
+        self.total = sum(len(steps) for steps in self.epochs)
+
+    def fit(self, progress: Progress, *, checkpoint_steps: int) -> State:
+        """Train to the end, from the checkpoint if there is one of these very rows and settings."""
+        path = self.folder / "checkpoint.safetensors"
+        state = self._begin(path, progress)
+        progress.start("train", self.total)
+        progress.advance(state.step)
+        if state.step == 0 and self.validation:
+            self._note(state, {"step": 0, "validation_loss": self._validate()})
+        plan = [(steps, place) for steps in self.epochs for place in range(len(steps))]
+        for steps, place in plan[state.step :]:
+            self._step(state, steps[place])
+            if place == len(steps) - 1 and self.validation:
+                self._note(state, {"step": state.step, "validation_loss": self._validate()})
+            if state.step % checkpoint_steps == 0 or state.step == self.total:
+                save_checkpoint(path, state, self.weights, self.optimizer)
+            progress.advance()
+        self.adapted.eval()
+        return state
+
+    def _begin(self, path: Path, progress: Progress) -> State:
+        found = read_state(path)
+        torch.manual_seed(self.settings.seed)
+        if found is not None and found.fingerprint == self.fingerprint:
+            restore(path, found, self.weights, self.optimizer)
+            progress.say(f"going on after step {found.step} of {self.total}")
+            state = found
+        else:
+            if path.exists():
+                progress.say(
+                    f"{path.name} belongs to other rows or settings, or is damaged: training starts afresh"
+                )
+                path.unlink()
+            state = State(self.fingerprint)
+        shutil.rmtree(
+            self.folder / "adapter", ignore_errors=True
+        )  # an older one must not pass for this run's
+        lines = "".join(json.dumps(line) + "\n" for line in state.history)
+        write_text_atomic(self.folder / "loss.jsonl", lines)
+        return state
+
+    def _step(self, state: State, packs: Sequence[Pack]) -> None:
+        start = time.monotonic()
+        self.adapted.train()
+        rate = self.settings.learning_rate * schedule(state.step, self.total, self.settings.warmup_share)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        supervised = sum(packed.supervised for packed in packs)
+        loss = 0.0
+        for packed in packs:
+            part = self._loss(packed) / supervised
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.item()
+        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.settings.max_grad_norm)
+        if not math.isfinite(loss) or not math.isfinite(norm.item()):
+            raise StageError(
+                f"step {state.step + 1}: the loss is {loss}, the gradient's norm {norm.item()}",
+                expected="finite numbers",
+                next_step="lower [train] learning_rate, then run the command again",
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        tokens, seconds = sum(len(row.ids) for p in packs for row in p.rows), time.monotonic() - start
+        state.step += 1
+        state.tokens += tokens
+        state.seconds += seconds
+        line = {"step": state.step, "loss": loss, "lr": rate, "tokens": tokens, "supervised": supervised}
+        self._note(state, line | {"seconds": round(seconds, 3)})
+
+    def _loss(self, packed: Pack) -> torch.Tensor:
+        """Summed over the pack's supervised tokens, in nats."""
+        hidden, targets = pack_hidden(self.network, packed)
+        logits = self.network.lm_head(hidden).float()
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+    def _validate(self) -> float:
+        self.adapted.eval()
+        with torch.no_grad():
+            total = sum(self._loss(packed).item() for packed in self.validation)
+        return total / sum(packed.supervised for packed in self.validation)
+
+    def _note(self, state: State, line: dict[str, Any]) -> None:
+        state.history.append(line)
+        with (self.folder / "loss.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def schedule(step: int, total: int, warmup_share: float) -> float:
+    """The share of the learning rate at ``step`` (from 0): a linear warm-up, then half a cosine to zero."""
+    warmup = round(warmup_share * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def steps_of(packs: Sequence[Pack], packs_per_step: int) -> list[Sequence[Pack]]:
+    """The packs of each optimizer step; the last may have fewer."""
+    return [packs[start : start + packs_per_step] for start in range(0, len(packs), packs_per_step)]

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from domains.domain import Domain, load_domain
+from domains.errors import ParityError, StageError
+from domains.jsonl import write_jsonl
+from domains.records import Example, Message, Question, Quote, Rationale
+from pipeline import export, gguf_writer
+from pipeline.parity import Parity
+from pipeline.progress import Silent
+from pipeline.qlora import attach_lora, quantize_nf4
+from pipeline.run_folder import Run
+from pipeline.student import load_base
+from serve.gguf_check import check_gguf
+from serve.manifest import read_manifest
+from tests.small_serving import SYSTEM, TEXTS, write_index
+from tests.tiny_llama import make_tiny_llama
+
+QUOTE = "The adult dose of Brenzal is 40 mg once a day."
+TOML = """
+[domain]
+name = "shelf"
+title = "A small shelf"
+licence = "CC0-1.0"
+[corpus]
+documents = "documents"
+questions = "questions.jsonl"
+[retrieve]
+top_k = 2
+[student]
+base = "{base}"
+context = 1024
+[export]
+formats = ["Q4_0"]
+serve = "Q8_0"
+imatrix_tokens = 300
+[parity]
+prompts = 3
+max_kl = 0.02
+min_top1 = 0.7
+"""
+
+
+def questions() -> list[Question]:
+    dose = Question(
+        id="dose", kind="open", question="What is the adult dose of Brenzal?", answer="40 mg once a day",
+        about="brenzal", gold=[Quote(doc_id="brenzal", quote=QUOTE)], split="exam",
+    )  # fmt: skip
+    milk = Question(
+        id="milk", kind="yes_no", question="May Moltrex be taken with milk?", answer="no", about="moltrex",
+        gold=[Quote(doc_id="moltrex", quote="Moltrex must not be taken with milk, because milk binds it.")],
+        split="exam",
+    )  # fmt: skip
+    price = Question(
+        id="price",
+        kind="unanswerable",
+        question="What does Sanivar cost?",
+        answer=None,
+        about="",
+        split="exam",
+    )
+    seed = dose.model_copy(update={"id": "seed", "split": "seed"})
+    return [dose, milk, price, seed]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A domain's folder and a run's, as after training."""
+    root = tmp_path_factory.mktemp("world")
+    tiny, domain, run = make_tiny_llama(root / "tiny"), root / "domain", Run(root / "runs" / "shelf" / "one")
+    (domain / "prompts").mkdir(parents=True)
+    (domain / "domain.toml").write_text(TOML.replace("{base}", str(tiny)), encoding="utf-8")
+    for name in ("system", "teacher"):
+        (domain / "prompts" / f"{name}.md").write_text(SYSTEM, encoding="utf-8")
+    write_jsonl(domain / "questions.jsonl", questions())
+    write_index(run.index)
+    messages = [Message(role="system", content=SYSTEM), Message(role="user", content=TEXTS["Brenzal"])]
+    rows = [
+        Example(
+            id=str(n), question_id="seed", messages=messages, completion=f'"{QUOTE}" [1]\nAnswer: 40 mg',
+            passages=[], origin="gold", request="r",
+        )
+        for n in range(4)
+    ]  # fmt: skip
+    write_jsonl(run.examples, rows)
+    write_jsonl(
+        run.rationales,
+        [
+            Rationale(
+                question_id="seed", sample=0, text="x", answer="y", passages=[], teacher="big", request="r"
+            )
+        ],
+    )
+    write_adapter(run.training, tiny)
+    return domain, run.folder
+
+
+def write_adapter(training: Path, tiny: Path) -> None:
+    base = load_base(str(tiny), dtype=torch.bfloat16)
+    quantize_nf4(base.model, keep_quantized=False)
+    adapted = attach_lora(base.model, rank=4, alpha=8.0, dropout=0.0, seed=0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.02)
+    adapted.save_pretrained(str(training / "adapter"))
+    facts = {"base": base.name, "base_version": base.version, "dtype": "bfloat16"}
+    (training / "network.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def load(world: tuple[Path, Path], **changes: dict[str, Any]) -> tuple[Domain, Run]:
+    domain = load_domain(str(world[0]))
+    sections = {
+        name: getattr(domain.config, name).model_copy(update=change) for name, change in changes.items()
+    }
+    config = domain.config.model_copy(update=sections)
+    return Domain(domain.folder, config, domain.prompts), Run(world[1])
+
+
+def digests(run: Run) -> dict[str, str]:
+    paths = [*run.bundle.glob("*.*"), *run.export.iterdir()]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def test_export_writes_a_ready_bundle_and_again_the_same_bytes(world: tuple[Path, Path]) -> None:
+    domain, run = load(world)
+    progress = Silent()
+    report = export.run(domain, run, progress)
+    assert {path.name for path in run.bundle.iterdir()} == {
+        "student.gguf", "student-Q4_0.gguf", "index", "domain.toml", "prompts", "NOTICE", "parity.json",
+        "manifest.json",
+    }  # fmt: skip
+    assert {path.name for path in run.export.iterdir()} == {"student-F16.gguf", "imatrix.npz"}
+    manifest = read_manifest(run.bundle)
+    assert manifest.ready
+    assert manifest.teachers == ["big"]
+    assert manifest.base.licence == "apache-2.0"
+    assert "Q8_0" in check_gguf(run.bundle / "student.gguf").kind_counts
+    assert check_gguf(run.bundle / "student.gguf").metadata["general.name"] == "A small shelf"
+    parity = Parity.model_validate_json((run.bundle / "parity.json").read_bytes())
+    assert parity.prompts == report.counts["prompts"] == 3
+    assert parity.kl is not None
+    assert parity.kl < 0.02
+    assert parity.steps["merge"].kl < 1e-6
+    assert report.counts == {"formats": 2, "prompts": 3, "positions": parity.positions}
+    assert report.facts["files"]["Q8_0"]["size_bytes"] == (run.bundle / "student.gguf").stat().st_size
+    assert any(line.startswith("parity:") for line in progress.lines)
+    before = digests(run)
+    export.run(domain, run, Silent())
+    assert digests(run) == before
+
+
+def test_another_serving_format_leaves_no_file_behind(world: tuple[Path, Path]) -> None:
+    domain, run = load(world, export={"formats": ["Q8_0"], "imatrix_tokens": 0})
+    export.run(domain, run, Silent())
+    assert [path.name for path in run.bundle.glob("*.gguf")] == ["student.gguf"]
+
+
+def test_a_bound_that_is_missed_keeps_the_bundle_from_being_ready(world: tuple[Path, Path]) -> None:
+    domain, run = load(world, parity={"max_kl": 1e-7}, export={"formats": ["Q8_0"], "imatrix_tokens": 0})
+    with pytest.raises(ParityError, match="the step 'quantize' alone"):
+        export.run(domain, run, Silent())
+    assert not read_manifest(run.bundle).ready
+    assert json.loads((run.bundle / "parity.json").read_text("utf-8"))["broken"] == "quantize"
+
+
+def test_a_broken_writer_is_caught(world: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    domain, run = load(world, export={"formats": ["Q8_0"], "imatrix_tokens": 0})
+    monkeypatch.setattr(gguf_writer, "permute_rows", lambda weight, _heads: weight)
+    with pytest.raises(ParityError, match="the step 'GGUF' alone"):
+        export.run(domain, run, Silent())
+    assert not read_manifest(run.bundle).ready
+
+
+def test_without_questions_training_rows_are_replayed(world: tuple[Path, Path]) -> None:
+    domain, run = load(world, corpus={"questions": ""}, export={"formats": ["Q8_0"], "imatrix_tokens": 0})
+    assert export.run(domain, run, Silent()).counts["prompts"] == 3
+
+
+def test_missing_training_names_the_stage(world: tuple[Path, Path], tmp_path: Path) -> None:
+    domain, _ = load(world)
+    with pytest.raises(StageError, match="adapter is missing"):
+        export.run(domain, Run(tmp_path / "runs" / "new"), Silent())
