@@ -116,7 +116,9 @@ def import_(
     document_field: Annotated[
         list[str] | None, typer.Option(help="Field map OURS=THEIRS of documents.")
     ] = None,
-    cop_base: Annotated[int, typer.Option(min=0, max=1, help="mcq: whether `cop` counts from 0 or 1.")] = 0,
+    cop_base: Annotated[
+        int | None, typer.Option(min=0, max=1, help="mcq: whether `cop` counts from 0 or 1.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split into seed and exam documents.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -128,6 +130,7 @@ def import_(
         source,
         into=into,
         documents=documents,
+        questions=questions,
         limit=limit,
         fields=field or [],
         document_fields=document_field or [],
@@ -442,6 +445,7 @@ def _print_estimate(domain: Domain, folder: Run) -> None:
     cost = estimate(domain)
     check_space(folder.folder, int(cost.disk_bytes))
     console.print(f"[bold]{domain.config.domain.title}[/] -> {folder.folder}", highlight=False)
+    console.print(f"  {domain.config.domain.description}", highlight=False, markup=False)
     parts = ", ".join(f"{stage} {seconds / 60:.1f}" for stage, seconds in cost.seconds.items())
     source = "this machine's earlier runs" if cost.own_rates else "a 2-core server CPU"
     console.print(
@@ -471,8 +475,10 @@ def _first_answer(domain: Domain, folder: Run, name: str, profile: str) -> None:
     questions = [q for q in read_jsonl(domain.questions, Question) if q.kind == "open" and q.split == "seed"]
     if not questions:
         return
-    with closing(open_base(domain, folder.index, parallel=1)) as bundle:
-        answer = bundle.assistant.ask(questions[0].question)
+    with closing(open_base(domain, folder.index, parallel=4)) as bundle:
+        asked = [bundle.assistant.prepare(item.question) for item in questions[:4]]
+        answers = bundle.assistant.ask_many(asked)
+    answer = next((item for item in answers if item.citations), answers[0])
     console.print("\nA first answer, from the untrained student with retrieval:", highlight=False)
     _print_answer(answer.text, answer.citations, question=answer.question)
     extra = "" if profile == "quick" else f" --run {folder.folder.name}"

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
-from domains.errors import ModelError
 from serve.models import SMOLLM2, cache_folder, inference_gguf
 
 
@@ -18,55 +16,46 @@ def base_gguf(base: str) -> Path:
     to the cache.
 
     Raises:
-        ModelError: it can't be loaded, or llama.cpp has no place for it.
+        ModelError: it can't be loaded (see `pipeline.student.load_base`), or llama.cpp has no place for it.
     """
     if base == SMOLLM2:
         return inference_gguf(base)
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(base)
-        target = cache_folder() / f"base-{Path(base).name}-{_version(base, config)}.F16.gguf"
-        if not target.is_file():
-            _write(base, config, target)
-    except OSError as error:  # what transformers makes of an unknown id, a lacking file, or no network
-        raise ModelError(
-            f"can't load the base model {base!r}: {str(error).splitlines()[0]}",
-            expected=f"{SMOLLM2!r}, a Hugging Face id that is in the local cache or reachable, or a folder",
-            next_step="check [student] base in domain.toml",
-        ) from error
+    target = cache_folder() / f"base-{Path(base).name}-{_state(base)}.F16.gguf"
+    if not target.is_file():
+        _write(base, target)
     return inference_gguf(str(target))
 
 
-def _version(base: str, config: Any) -> str:
-    """Names a state of the weights: the revision of a Hugging Face id, or sizes and times of a folder's files."""
+def _state(base: str) -> str:
+    """Names a state of the weights without reading them: a folder's sizes and times, or the hub's commit."""
     folder = Path(base).expanduser()
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    state = json.dumps([base, stats, getattr(config, "_commit_hash", None)])
-    return hashlib.sha256(state.encode()).hexdigest()[:12]
+    if folder.is_dir():
+        stats = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
+        state: object = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    else:
+        from transformers import AutoConfig
+
+        try:
+            state = getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "_commit_hash", None)
+        except (OSError, ValueError):
+            state = None  # loading it will say what is wrong
+    return hashlib.sha256(json.dumps([base, state]).encode()).hexdigest()[:12]
 
 
-def _write(base: str, config: Any, target: Path) -> None:
+def _write(base: str, target: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from pipeline.gguf_writer import write_llama_gguf
+    from pipeline.student import load_base
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"the base model {base!r} has no chat template",
-            expected="an instruction-tuned model",
-            next_step="name another [student] base in domain.toml",
-        )
+    loaded = load_base(base, dtype=torch.float16)
     write_llama_gguf(
         target,
-        state=model.state_dict(),
-        config=config,
-        tokenizer=tokenizer,
-        template=tokenizer.chat_template,
-        name=base,
-        licence="",
+        state=loaded.model.state_dict(),
+        config=loaded.model.config,
+        tokenizer=loaded.tokenizer,
+        template=loaded.template,
+        name=loaded.name,
+        licence=loaded.licence,
+        end_of_turn=loaded.end_of_turn,
     )

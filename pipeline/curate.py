@@ -33,9 +33,13 @@ from rag.index import Index, open_index
 
 FEW_ROWS = 32
 ORIGINS = get_args(Origin)
+FEW = (
+    "Few rows: the student will learn little. Commonest rejection: {}. "
+    "More questions, more samples or a stronger teacher give more."
+)
 HINTS = {
-    "teacher_answer": 'use a stronger teacher: [teacher] kind = "endpoint", see docs/teachers.md',
-    "does_not_support_answer": 'use a stronger teacher: [teacher] kind = "endpoint", see docs/teachers.md',
+    "teacher_answer": 'use a stronger teacher: [teacher] kind = "endpoint", see docs/configuration.md',
+    "does_not_support_answer": 'use a stronger teacher: [teacher] kind = "endpoint", see docs/configuration.md',
     "quote": "use a stronger teacher, or lower [teacher] temperature",
     "length": "change [curate] min_words or max_words",
     "truncated": "raise [teacher] max_tokens",
@@ -85,23 +89,26 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         write_jsonl(run.examples, rows)
     progress.say(f"{len(kept)} of {len(rationales)} rationales kept, {len(rows)} training rows")
     if len(rows) < FEW_ROWS:
-        progress.say(
-            f"Few rows: the student will learn little. Commonest rejection: {_commonest(reasons)}. "
-            "More questions, more samples or a stronger teacher give more."
-        )
-    return Report(
-        counts={
-            "in": len(rationales),
-            "kept": len(kept),
-            "rejected": len(rejected),
-            **{f"reasons.{reason}": reasons[reason] for reason in sorted(reasons)},
-            "rows": len(rows),
-            **{f"{origin}_rows": counts.pop(f"{origin}_rows", 0) for origin in ORIGINS},
-            "unanswerable_contaminated": len(contaminated),
-            **{name: counts[name] for name in sorted(counts)},
-        },
-        facts={"exam_templates": guard.templates},
-    )
+        progress.say(FEW.format(_commonest(reasons)))
+    facts = {"exam_templates": guard.templates}
+    return Report(counts=_counts(len(rationales), len(kept), reasons, len(contaminated), counts), facts=facts)
+
+
+def _counts(
+    given: int, kept: int, reasons: Counter[str], contaminated: int, rows: Counter[str]
+) -> dict[str, int]:
+    """The stage's counts in reading order, see the module's docstring."""
+    origins = {f"{origin}_rows": rows[f"{origin}_rows"] for origin in ORIGINS}
+    return {
+        "in": given,
+        "kept": kept,
+        "rejected": reasons.total(),
+        **{f"reasons.{reason}": reasons[reason] for reason in sorted(reasons)},
+        "rows": sum(origins.values()),
+        **origins,
+        "unanswerable_contaminated": contaminated,
+        **{name: rows[name] for name in sorted(rows.keys() - origins.keys())},
+    }
 
 
 def _commonest(reasons: Counter[str]) -> str:

@@ -61,12 +61,16 @@ def collect_imatrix(
             if on_tokens:
                 on_tokens(len(piece))
     if not seen:
-        raise StageError(
-            "there are no tokens to measure the importance matrix on",
-            expected="training rows, and [export] imatrix_tokens above 0",
-            next_step="preceptor curate DOMAIN",
-        )
+        raise _nothing()
     return {name: (total / seen).cpu().numpy().astype(np.float32) for name, total in sorted(sums.items())}
+
+
+def _nothing() -> StageError:
+    return StageError(
+        "there are no tokens to measure the importance matrix on",
+        expected="training rows, and [export] imatrix_tokens above 0",
+        next_step="preceptor curate DOMAIN",
+    )
 
 
 def _head_name(model: Any) -> str:

@@ -115,18 +115,19 @@ def check_new(into: Path) -> None:
 
 
 def domain_files(
-    name: str, *, documents: str, questions: str, title: str, path: str, note: str
+    name: str, *, documents: str, questions: str, title: str, path: str, note: str, ngram: int = 8
 ) -> dict[str, str]:
     """The files of a new domain, path → text, from ``domains/template/``.
 
     ``documents`` and ``questions`` are written into ``domain.toml`` as they are; relative ones start at
-    the domain's folder.
+    the domain's folder. ``ngram`` is the length in words for ``curate.decontaminate_ngram``.
     """
     values = {
         "name": name,
         "title": title,
         "path": path,
         "questions_note": note,
+        "ngram": str(ngram),
         "name_toml": _toml(name),
         "title_toml": _toml(title),
         "documents_toml": _toml(documents),

@@ -166,15 +166,14 @@ def check_parity(
     for step, logits in networks:
         steps[step] = measure_gap(before, logits)
         before = logits
-    whole = measure_gap(training, networks[-1][1]) if broken is None else None
-    if whole is not None and (whole.kl > max_kl or whole.top1_agreement < min_top1):
-        broken = _blame(whole, steps, max_kl, min_top1)
+    whole = measure_gap(training, before) if broken is None else None
+    broken = broken or _blame(whole, steps, max_kl=max_kl, min_top1=min_top1)
     return Parity(
         ready=broken is None,
         served=served_kind,
         kl=whole.kl if whole else None,
         top1_agreement=whole.top1_agreement if whole else None,
-        positions=sum(len(replay.completion_tokens + replay.end_tokens) for replay in replays),
+        positions=sum(map(len, training)),
         prompts=len(replays),
         max_kl=max_kl,
         min_top1=min_top1,
@@ -184,8 +183,12 @@ def check_parity(
     )
 
 
-def _blame(whole: Gap, steps: dict[StepName, Gap], max_kl: float, min_top1: float) -> tuple[StepName, str]:
-    """The step with most of the divergence; the later ones start from what it left."""
+def _blame(
+    whole: Gap | None, steps: dict[StepName, Gap], *, max_kl: float, min_top1: float
+) -> tuple[StepName, str] | None:
+    """The step that is farthest from the one before it, where the whole way is too far; else None."""
+    if whole is None or (whole.kl <= max_kl and whole.top1_agreement >= min_top1):
+        return None
     step = max(steps, key=lambda name: steps[name].kl)
     gap = steps[step]
     return step, (

@@ -83,7 +83,11 @@ STAGES = (
         writes=("served", "manifest"),
         sections=("domain", "student", "retrieve", "export", "parity", "serve"),
         prompts=("system",),
-        code=("pipeline.export", "pipeline.merge", "pipeline.gguf_writer", "pipeline.quantize", "pipeline.parity"),
+        code=(
+            "pipeline.export", "pipeline.student_files", "pipeline.replays", "pipeline.merge", "pipeline.qlora",
+            "pipeline.student", "pipeline.gguf_writer", "pipeline.gguf_vocabulary", "pipeline.imatrix",
+            "pipeline.quantize", "pipeline.bundle", "pipeline.parity", "rag.prompt", "rag.answers",
+        ),
     ),
     Stage(
         name="exam",
@@ -124,7 +128,7 @@ def fingerprint(stage: Stage, domain: Domain, run: Run) -> str:
     """
     config = domain.config.model_dump(mode="json")
     digest = hashlib.sha256()
-    parts = {
+    parts: dict[str, object] = {
         "stage": stage.name,
         "config": {section: config[section] for section in stage.sections},
         "prompts": {name: domain.prompts[name] for name in stage.prompts},
@@ -134,7 +138,7 @@ def fingerprint(stage: Stage, domain: Domain, run: Run) -> str:
         },
     }
     if "teacher" in stage.sections and domain.config.teacher.kind == "auto":
-        parts["key"] = bool(os.environ.get(domain.config.teacher.api_key_env))
+        parts["key"] = "set" if os.environ.get(domain.config.teacher.api_key_env) else "missing"
     digest.update(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()
 

@@ -64,7 +64,7 @@ def starter_questions(
         raise DataError(
             f"none of the {len(documents)} documents has a section with a sentence that can be quoted",
             expected="documents with some sentences of text (scanned PDFs have none)",
-            next_step="write questions.jsonl by hand, see docs/data.md",
+            next_step="write questions.jsonl by hand and give it with --questions FILE",
         )
     drafts += _unanswerable(drafts, documents, sections, seed=seed)
     family = _families(documents)

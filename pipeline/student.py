@@ -30,8 +30,8 @@ _MARK = "reply-8f2c"
 class Base:
     """An untrained student.
 
-    ``bos`` is empty where the model wants no begin-of-sequence token (SmolLM2: its file names one,
-    ``<|im_start|>``, and says not to add it). ``end_of_turn`` is the token that ends a reply.
+    ``adds_bos``: the model wants ``bos`` in front (SmolLM2's file names one, ``<|im_start|>``, and says not
+    to add it). ``end_of_turn`` is the token that ends a reply.
     ``version`` identifies the weights: ``sha256:…`` of files, ``commit:…`` of a Hugging Face snapshot.
     """
 
@@ -40,6 +40,7 @@ class Base:
     template: str
     bos: str
     eos: str
+    adds_bos: bool
     end_of_turn: int
     licence: str
     name: str
@@ -83,7 +84,7 @@ def load_base(base: str, *, dtype: torch.dtype) -> Base:
             expected="an instruction-tuned model with one tokenizer.chat_template",
             next_step="name another base in [student] of domain.toml, e.g. its -Instruct variant",
         )
-    bos = tokenizer.bos_token if _adds_bos(tokenizer) else ""
+    bos = tokenizer.bos_token or ""
     eos = tokenizer.eos_token or ""
     return Base(
         model=model,
@@ -91,6 +92,7 @@ def load_base(base: str, *, dtype: torch.dtype) -> Base:
         template=template,
         bos=bos,
         eos=eos,
+        adds_bos=_adds_bos(tokenizer),
         end_of_turn=_end_of_turn(base, tokenizer, template, bos=bos, eos=eos),
         licence=licence,
         name=base if base == SMOLLM2 else Path(base).name,
@@ -101,13 +103,13 @@ def load_base(base: str, *, dtype: torch.dtype) -> Base:
 
 def render_prompt(base: Base, messages: Sequence[Message]) -> str:
     """The prompt's text, as the serving engine renders it."""
-    return render_chat(messages, template=base.template, bos=base.bos, eos=base.eos, adds_bos=bool(base.bos))
+    return render_chat(messages, template=base.template, bos=base.bos, eos=base.eos, adds_bos=base.adds_bos)
 
 
 def encode_prompt(base: Base, text: str) -> list[int]:
     """Token ids of a rendered prompt: control tokens are read as such, one BOS where the model wants it."""
     ids: list[int] = base.tokenizer(text, add_special_tokens=False)["input_ids"]
-    if base.bos and ids[:1] != [base.tokenizer.bos_token_id]:
+    if base.adds_bos and ids[:1] != [base.tokenizer.bos_token_id]:
         ids.insert(0, base.tokenizer.bos_token_id)
     return ids
 

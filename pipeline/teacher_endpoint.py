@@ -142,13 +142,13 @@ class EndpointTeacher:
                 if final or not go_on:
                     return
                 if self._stopped:
-                    hear(request, Failure(f"{reason}; not tried again", final=True))
+                    hear(request, Failure(f"{reason}; not tried again"))
                     return
                 await self._sleep(_backoff(request, attempt, wait.seconds))
             except TeacherError as error:
-                error.what = _clean(error.what, key)
-                hear(request, Failure(error.what, final=True))
-                raise
+                what = _clean(error.what, key)
+                hear(request, Failure(what))
+                raise TeacherError(what, expected=error.expected, next_step=error.next_step) from None
             else:
                 if isinstance(outcome, Failure):
                     outcome = Failure(_clean(outcome.reason, key), outcome.final, outcome.may_be_billed)
@@ -172,10 +172,9 @@ class EndpointTeacher:
         except openai.APIStatusError as error:
             return self._refused(error)
         except openai.APIConnectionError as error:
-            cause = error.__cause__
-            sent = type(cause).__name__ not in {"ConnectError", "ConnectTimeout"}
-            what = "connection broke" if sent else "can't connect"
-            raise _Wait(f"{what}: {self.host}: {cause or error}", may_be_billed=sent) from None
+            sent = type(error.__cause__).__name__ != "ConnectError"
+            what = "the connection broke" if sent else "can't connect"
+            raise _Wait(f"{what}: {self.host}: {error.__cause__ or error}", may_be_billed=sent) from None
         except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is not JSON
             raise _Wait(f"unreadable reply: {type(error).__name__}: {error}", may_be_billed=True) from None
         return _read(request, reply)
@@ -183,23 +182,20 @@ class EndpointTeacher:
     async def _send(self, request: Request, client: openai.AsyncOpenAI) -> Any:
         import openai
 
-        def arguments() -> dict[str, Any]:
-            messages = [message.model_dump() for message in request.messages]
-            return {
-                "model": self.identity,
-                "messages": messages,
-                "temperature": request.temperature,
-                self._limit_name: request.max_tokens,
-            }
-
+        arguments: dict[str, Any] = {
+            "model": self.identity,
+            "messages": [message.model_dump() for message in request.messages],
+            "temperature": request.temperature,
+        }
+        limit = self._limit_name
         try:
-            return await client.chat.completions.create(**arguments())
+            return await client.chat.completions.create(**(arguments | {limit: request.max_tokens}))
         except openai.BadRequestError as error:
             # Newer models refuse max_tokens, older servers know nothing else.
-            if "max_completion_tokens" not in str(error) or self._limit_name != "max_tokens":
+            if limit != "max_tokens" or "max_completion_tokens" not in str(error):
                 raise
-            self._limit_name = "max_completion_tokens"
-            return await client.chat.completions.create(**arguments())
+        self._limit_name = "max_completion_tokens"
+        return await client.chat.completions.create(**arguments, max_completion_tokens=request.max_tokens)
 
     def _refused(self, error: openai.APIStatusError) -> Outcome:
         """What an HTTP error means: `Failure` of this request, `_Wait`, or `TeacherError`."""
@@ -267,18 +263,16 @@ def _read(request: Request, reply: Any) -> Outcome:
     if finish == "content_filter":
         return Failure("the provider's content filter cut the answer", may_be_billed=True)
     usage = getattr(reply, "usage", None)
-    prompt_tokens = getattr(usage, "prompt_tokens", None)
-    completion_tokens = getattr(usage, "completion_tokens", None)
     return Reply(
         text=text,
         finish="length" if finish == "length" else "stop",
-        prompt_tokens=_count(prompt_tokens, estimate_prompt_tokens(request.messages)),
-        completion_tokens=_count(completion_tokens, estimate_tokens(text)),
+        prompt_tokens=_count(usage, "prompt_tokens", estimate_prompt_tokens(request.messages)),
+        completion_tokens=_count(usage, "completion_tokens", estimate_tokens(text)),
     )
 
 
-def _count(value: Any, guess: int) -> int:
-    """A server's count of tokens, else the guess."""
+def _count(usage: Any, name: str, guess: int) -> int:
+    value = getattr(usage, name, None)
     return value if isinstance(value, int) and value >= 0 else guess
 
 
@@ -293,8 +287,7 @@ def _backoff(request: Request, attempt: int, asked_s: float | None) -> float:
 def _said(error: openai.APIStatusError) -> str:
     """The provider's own words about an HTTP error."""
     body = error.body
-    message = body.get("message") if isinstance(body, dict) else None
-    return _short(message if isinstance(message, str) else str(error.message))
+    return _short(str((isinstance(body, dict) and body.get("message")) or error.message))
 
 
 def _short(text: str) -> str:

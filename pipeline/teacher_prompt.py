@@ -25,7 +25,7 @@ _BOILERPLATE = re.compile(
     r"|(?:based on|according to|as (?:stated|mentioned|described|shown) in|from|given)\s+(?:the|these)\s+"
     r"(?:(?:provided|given|above|numbered)\s+)?(?:passages?|evidence|information|text|context|documents?)"
     r"(?:\s+(?:provided|given|above))?\s*(?:\[\d{1,2}\]\s*)?,\s*(?:it is clear that\s+|we can see that\s+)?"
-    r"|the (?:passages?|evidence|text)(?: provided)? (?:states?|says?|shows?|indicates?) that\s+"
+    r"|the (?:passages?|evidence|text)(?: provided)? (?:states?|says?|shows?|indicates?|confirms?) that\s+"
     r"|(?:the|this) (?:(?:correct|right|best) )?answer is that\s+"
     r"|(?:the|this) (?:(?:correct|right|best) )?(?:answer|option) is\b(?:\s+\(?[A-H][.)]\s)?"
     rf"(?:[^.!?\n]|\.(?=\S)){{0,120}}?,?\s+because\s+{_NO_PRONOUN}",

@@ -13,9 +13,13 @@ Nothing in the folder holds an absolute path: it can be copied or moved.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from domains.errors import DataError, IndexMismatch
 from domains.jsonl import read_jsonl
@@ -46,9 +50,9 @@ class Index:
         passages: all passages, in the order of the lexical index.
         lexical: BM25 over them.
         store: Chroma behind LangChain's ``VectorStore`` interface.
-        client: what the store was opened with.
         embedder: encodes the queries.
         manifest: what ``index.json`` says.
+        opened: closed with the index.
     """
 
     def __init__(
@@ -57,9 +61,9 @@ class Index:
         passages: Sequence[Passage],
         lexical: LexicalIndex,
         store: Chroma,
-        client: Any,
         embedder: Embedder,
         manifest: Manifest,
+        opened: ExitStack,
     ) -> None:
         self.passages = list(passages)
         self.by_id = {passage.passage_id: passage for passage in passages}
@@ -67,7 +71,7 @@ class Index:
         self.embedder = embedder
         self.manifest = manifest
         self._lexical = lexical
-        self._client = client
+        self._opened = opened
 
     def search_lexical(self, query: str, *, top_k: int) -> list[str]:
         """Ids of the passages by BM25, best first."""
@@ -87,7 +91,7 @@ class Index:
 
     def close(self) -> None:
         """Give Chroma's files back."""
-        self._client.close()
+        self._opened.close()
 
 
 def open_index(folder: Path, *, embedder: Embedder) -> Index:
@@ -109,28 +113,60 @@ def open_index(folder: Path, *, embedder: Embedder) -> Index:
             expected=f"embedder {embedder.name!r} ({embedder.dimensions} dimensions), as configured",
             next_step=f"{REBUILD}   (rebuilds it), or name the other embedder in [index]",
         )
-    current = folder / manifest.generation
     try:
-        passages = read_jsonl(current / "passages.jsonl", Passage)
-        if len(passages) != manifest.passages or generation_of(passages) != manifest.generation:
-            raise ValueError(f"{len(passages)} passages that are not those of index.json")
-        lexical = LexicalIndex.load(current / "lexical")
-        client = open_client(folder)
-        try:
-            name = collection_name(embedder)
-            store = open_store(client, name=name, embedder=embedder, create=False)
-            vectors = client.get_collection(name, embedding_function=None).count()
-            if vectors < len(passages):
-                raise ValueError(f"{vectors} vectors for {len(passages)} passages")
-        except BaseException:
-            client.close()
-            raise
+        return _open(folder, manifest, embedder)
     except Exception as error:  # whatever Chroma, numpy or the disk make of a damaged file
+        now = read_manifest(folder)
+        if now is not None and now.generation != manifest.generation:
+            return open_index(folder, embedder=embedder)  # a writer finished in between
+        detail = (str(error).splitlines() or [""])[0]
         raise DataError(
-            f"the index in {str(folder)!r} is damaged ({type(error).__name__}: {str(error).splitlines()[0]})",
+            f"the index in {str(folder)!r} can't be opened: it is damaged ({type(error).__name__}: {detail})",
             expected="the files that the index stage wrote",
-            next_step=f"delete the folder, then {REBUILD}",
+            next_step="check the permissions"
+            if isinstance(error, PermissionError)
+            else f"delete the folder, then {REBUILD}",
         ) from error
-    return Index(
-        passages=passages, lexical=lexical, store=store, client=client, embedder=embedder, manifest=manifest
-    )
+
+
+def _open(folder: Path, manifest: Manifest, embedder: Embedder) -> Index:
+    current = folder / manifest.generation
+    passages = read_jsonl(current / "passages.jsonl", Passage)
+    if len(passages) != manifest.passages or generation_of(passages) != manifest.generation:
+        raise ValueError(f"{len(passages)} passages that are not those of index.json")
+    lexical = LexicalIndex.load(current / "lexical")
+    name = collection_name(embedder)
+    with ExitStack() as opened:
+        client = open_client(opened.enter_context(_writable(folder)))
+        opened.callback(client.close)
+        store = open_store(client, name=name, embedder=embedder, create=False)
+        vectors = client.get_collection(name, embedding_function=None).count()
+        if vectors < len(passages):
+            raise ValueError(f"{vectors} vectors for {len(passages)} passages")
+        return Index(
+            passages=passages,
+            lexical=lexical,
+            store=store,
+            embedder=embedder,
+            manifest=manifest,
+            opened=opened.pop_all(),
+        )
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[Path]:
+    """The folder, or a copy of its vectors where it is read-only: Chroma writes even to read."""
+    chroma = folder / "chroma"
+    if all(os.access(path, os.W_OK) for path in (chroma, *chroma.rglob("*"))):
+        yield folder
+        return
+    with TemporaryDirectory(prefix="preceptor-") as name:
+        copy = Path(name) / "chroma"
+        copy.mkdir()
+        for path in sorted(chroma.rglob("*")):
+            target = copy / path.relative_to(chroma)
+            if path.is_dir():
+                target.mkdir()
+            else:
+                shutil.copyfile(path, target)  # without the permissions
+        yield Path(name)

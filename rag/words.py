@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
 import unicodedata
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 # A number keeps its decimals and thousands ("2.5", "1,000"); "HbA1c" and "v1" are one word.
@@ -36,11 +36,15 @@ def words(text: str) -> list[str]:
     ]
 
 
-@lru_cache(maxsize=1)
-def _stemmer() -> Any:
-    import Stemmer
+_stemmers = threading.local()  # one each: Snowball's object must not be used by two threads at once
 
-    return Stemmer.Stemmer("english")
+
+def _stemmer() -> Any:
+    if not hasattr(_stemmers, "english"):
+        import Stemmer
+
+        _stemmers.english = Stemmer.Stemmer("english")
+    return _stemmers.english
 
 
 def stem(word_list: list[str]) -> list[str]:

@@ -47,25 +47,29 @@ def requantize(
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     params.nthread = threads or os.cpu_count() or 1
     params.allow_requantize = True
-    table = _imatrix_table(imatrix) if imatrix else None
-    if table is not None:
-        params.imatrix = table
+    if imatrix:
+        params.imatrix = table = _imatrix_table(imatrix)
+        assert table  # kept alive here; the struct holds a bare pointer
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        code = llama_cpp.llama_model_quantize(
-            os.fsencode(source), os.fsencode(temporary), ctypes.byref(params)
-        )
-        if code != 0:
-            raise ModelError(
-                f"llama.cpp can't write {source} as {kind}: {last_lines()} (code {code})",
-                expected="a GGUF file that llama.cpp's quantizer takes, and enough free space",
-                next_step="export the model again, or choose another [export] format",
-            )
+        _run(source, temporary, params)
         check_gguf(temporary)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _run(source: Path, target: Path, params: Any) -> None:
+    import llama_cpp
+
+    code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))
+    if code != 0:
+        raise ModelError(
+            f"llama.cpp can't quantize {source}: {last_lines()} (code {code})",
+            expected="a GGUF file that llama.cpp's quantizer takes, and enough free space",
+            next_step="export the model again, or choose another [export] format",
+        )
 
 
 def _imatrix_table(imatrix: Mapping[str, NDArray[np.float32]]) -> Any:

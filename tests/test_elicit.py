@@ -228,6 +228,7 @@ def test_control_tokens_in_untrusted_text_are_taken_apart() -> None:
         ("Sure! Explanation: The passage states that ice melts.", "Ice melts."),
         ("The dose is halved because kidneys fail.", "The dose is halved because kidneys fail."),
         ("From these documents, we can see that R2 holds.", "R2 holds."),
+        ("The evidence confirms that R2 holds.", "R2 holds."),
         ("Based on the passages,", "Based on the passages,"),
         ('"A quote stands here." [1] So it is.', '"A quote stands here." [1] So it is.'),
         ("", ""),

@@ -438,5 +438,5 @@ def test_another_base_is_written_once_as_gguf(tmp_path, monkeypatch):
 def test_a_base_that_does_not_exist_is_named(tmp_path):
     from pipeline.base_gguf import base_gguf
 
-    with pytest.raises(ModelError, match="can't load the base model"):
+    with pytest.raises(ModelError, match="no base model"):
         base_gguf(str(tmp_path / "nothing"))

@@ -294,6 +294,7 @@ def test_mcq_without_documents_says_so(tmp_path):
     given = tmp_path / "texts"
     given.mkdir()
     import_set("mcq", source, into=tmp_path / "with", documents=given)
+    assert load_domain(str(tmp_path / "with")).config.curate.decontaminate_ngram == 13
     assert load_domain(str(tmp_path / "with")).documents == given.resolve()
 
 

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
+import rag.index
 import rag.update
 from domains.errors import DataError, IndexMismatch, RunLocked
 from domains.records import Document
 from rag.embed import Vectors, WordHashEmbedder
 from rag.index import Index, IndexReport, open_index, update_index
 from rag.lexical import LexicalIndex
-from rag.manifest import open_client
+from rag.manifest import open_client, read_manifest
 from rag.retrieve import Retriever
 
 ROOT = Path(__file__).parent.parent
@@ -133,15 +134,12 @@ def test_same_documents_same_bytes(tmp_path: Path) -> None:
         "from test_index import documents, update, WordHashEmbedder\n"
         "update(Path(sys.argv[1]), documents(), WordHashEmbedder())"
     )
+    update(tmp_path / "here", documents(), WordHashEmbedder())
+    other_seed = {**os.environ, "PYTHONHASHSEED": "1"}  # another order of sets than in this process
+    command = [sys.executable, "-c", script, str(tmp_path / "there")]
+    subprocess.run(command, cwd=ROOT, env=other_seed, check=True)
     written = []
-    for seed in ("1", "2"):
-        folder = tmp_path / seed
-        subprocess.run(
-            [sys.executable, "-c", script, str(folder)],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            check=True,
-        )
+    for folder in (tmp_path / "here", tmp_path / "there"):
         files = [path for path in sorted(folder.rglob("*")) if path.is_file() and "chroma" not in path.parts]
         written.append({str(path.relative_to(folder)): path.read_bytes() for path in files})
     assert len(written[0]) > 5
@@ -207,20 +205,17 @@ def test_several_processes_read_at_once(tmp_path: Path) -> None:
         "vectors = index.embedder.embed(['number3 coats'])\n"
         "print(index.search_dense(vectors, top_k=1)[0][0].split('#')[0])"
     )
-    readers = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        for _ in range(2)
-    ]
-    for reader in readers:
-        assert reader.stdout is not None
-        assert reader.stdout.readline() == "open\n"
-    assert [reader.communicate("\n", timeout=60)[0] for reader in readers] == ["doc-3\n", "doc-3\n"]
+    reader = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == "open\n"
+    assert found(tmp_path, "number2 coats")[0] == "doc-2"  # read here while it is open there
+    assert reader.communicate("\n", timeout=60)[0] == "doc-3\n"
 
 
 def test_an_open_index_survives_an_update(tmp_path: Path) -> None:
@@ -232,6 +227,33 @@ def test_an_open_index_survives_an_update(tmp_path: Path) -> None:
     assert ids[0].startswith("doc-1#")
     assert set(ids) <= set(index.by_id)
     index.close()
+
+
+def test_a_read_only_index_is_read_from_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    update(tmp_path / "index", documents(), WordHashEmbedder())
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    before = {p: p.stat().st_mtime_ns for p in sorted((tmp_path / "index").rglob("*"))}
+    index = open_index(tmp_path / "index", embedder=WordHashEmbedder())
+    assert index.search_dense(index.embedder.embed(["number3 coats"]), top_k=1)[0][0].startswith("doc-3#")
+    assert names(tmp_path / "tmp")
+    index.close()
+    assert not names(tmp_path / "tmp")
+    assert before == {p: p.stat().st_mtime_ns for p in sorted((tmp_path / "index").rglob("*"))}
+
+
+def test_an_index_replaced_while_it_is_opened_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update(tmp_path, documents(2), WordHashEmbedder())
+    former = read_manifest(tmp_path)
+    update(tmp_path, documents(3), WordHashEmbedder())
+    answers = [former]
+    monkeypatch.setattr(
+        rag.index, "read_manifest", lambda folder: answers.pop() if answers else read_manifest(folder)
+    )
+    assert found(tmp_path, "number2")[0] == "doc-2"
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -107,3 +108,11 @@ def test_top_k_may_exceed_the_candidates_and_the_passages(index: Index) -> None:
 def test_queries_of_odd_characters_and_great_length_are_answered(index: Index) -> None:
     for query in ('"AND (NOT *) \\', "🙂", "\0", "urate " * 5000, "?"):
         assert retriever(index).retrieve(query, top_k=2)
+
+
+def test_threads_may_share_a_retriever(index: Index) -> None:
+    queries = [*TEXTS.values(), "headache on one side", "refrigerator"] * 4
+    shared = retriever(index)
+    expected = [shared.retrieve(query, top_k=3) for query in queries]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda query: shared.retrieve(query, top_k=3), queries)) == expected

@@ -57,6 +57,7 @@ def test_a_folder_loads_with_template_bos_and_licence(base: Base, tiny: Path) ->
     )
     assert base.tokenizer.convert_ids_to_tokens(base.end_of_turn) == "<|eot_id|>"
     assert base.version.startswith("sha256:")
+    assert base.adds_bos
     assert not base.model.training
 
 
@@ -78,7 +79,7 @@ def test_a_control_token_in_a_completion_is_plain_text(base: Base) -> None:
 
 def test_smollm2_wants_no_bos_and_names_its_origin(smollm2: Base) -> None:
     ids = encode_prompt(smollm2, render_prompt(smollm2, CHAT))
-    assert smollm2.bos == ""  # its file names <|im_start|> as BOS and says not to add it
+    assert (smollm2.bos, smollm2.adds_bos) == ("<|im_start|>", False)  # as its file says
     assert smollm2.tokenizer.convert_ids_to_tokens(ids[:2]) == ["<|im_start|>", "system"]
     assert smollm2.tokenizer.decode(ids) == render_prompt(smollm2, CHAT)
     assert (smollm2.licence, smollm2.name) == ("apache-2.0", SMOLLM2)

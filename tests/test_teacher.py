@@ -273,7 +273,9 @@ def test_models_that_know_only_max_completion_tokens() -> None:
     with OpenAIServer(script) as server:
         heard = Asking(server.base_url).ask([request("a"), request("b")])
         assert [call.body.get("max_completion_tokens") for call in server.calls] == [None, 50, 50]
+        together = Asking(server.base_url, concurrency=4).ask([request(f"q{number}") for number in range(4)])
     assert len(heard.replies()) == 2
+    assert (len(together.replies()), len(together.failures())) == (4, 0)
 
 
 def test_no_key_is_an_error_before_anything_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,6 +296,7 @@ def test_the_key_is_in_no_message_and_no_log(caplog: pytest.LogCaptureFixture) -
             asking.ask([request()])
     said = [failure.reason for failure in [*heard.failures(), *asking.heard.failures()]]
     assert "***" in str(caught.value)
+    assert KEY not in repr(caught.value)
     assert KEY not in " ".join([*said, str(caught.value), caplog.text])
 
 

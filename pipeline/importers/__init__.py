@@ -33,11 +33,20 @@ from pipeline.new import check_new, domain_files, plain_name, to_lines, write_fo
 
 @dataclass(frozen=True)
 class Format:
-    """A format: its module, one line about it, and the share of questions whose topic is held out."""
+    """A format.
+
+    Attributes:
+        module: below this package.
+        about: one line for the user.
+        hold_out: share of questions whose topic is held out.
+        ngram: ``curate.decontaminate_ngram`` of the new domain. Exam vignettes share stock phrases of
+            8 words ("is brought to the physician for a"), hence GPT-3's 13 (arXiv 2005.14165) for them.
+    """
 
     module: str
     about: str
     hold_out: float = 0.0
+    ngram: int = 8
 
 
 FORMATS: dict[str, Format] = {
@@ -45,7 +54,7 @@ FORMATS: dict[str, Format] = {
     "jsonl": Format(
         "plain", "JSONL, JSON, CSV or TSV rows with a field map; documents in the rows or beside them"
     ),
-    "mcq": Format("mcq", "multiple choice as in MedQA, MedMCQA and MMLU"),
+    "mcq": Format("mcq", "multiple choice as in MedQA, MedMCQA and MMLU", ngram=13),
     "medquad": Format("medquad", "MedQuAD rows, or its original folder of XML files", hold_out=0.15),
     "pubmedqa": Format("pubmedqa", "PubMedQA rows, or the original ori_pqal.json"),
 }
@@ -136,7 +145,22 @@ def import_set(
     kept = _choose(reading, limit=limit, hold_out_share=share, seed=seed)
     _need_questions(kept, source)
     made = assign_split(kept.drafts, seed=seed, seed_share=seed_share)
-    result = Imported(
+    all_fields = {**own_fields, **{f"document.{ours}": theirs for ours, theirs in their_fields.items()}}
+    result = _summary(format_name, source, seed, reading, kept, made, all_fields)
+    _write(result, kept.documents, made, into=into, title=title, folder=documents)
+    return asdict(result)
+
+
+def _summary(
+    format_name: str,
+    source: Path,
+    seed: int,
+    reading: Reading,
+    kept: Reading,
+    made: Sequence[Question],
+    fields: dict[str, str],
+) -> Imported:
+    return Imported(
         format=format_name,
         source=source.name,
         seed=seed,
@@ -150,10 +174,8 @@ def import_set(
         kinds=_sorted(Counter(question.kind for question in made)),
         changed=_sorted(kept.changed),
         notes=[*kept.notes],
-        fields={**own_fields, **{f"document.{ours}": theirs for ours, theirs in their_fields.items()}},
+        fields=fields,
     )
-    _write(result, kept.documents, made, into=into, title=title, folder=documents)
-    return asdict(result)
 
 
 def _choose(reading: Reading, *, limit: int, hold_out_share: float, seed: int) -> Reading:
@@ -247,6 +269,7 @@ def _write(
         questions="questions.jsonl",
         title=title or into.name,
         path=str(into),
+        ngram=FORMATS[result.format].ngram,
         note="`import.json` says where the questions come from, what was left out, and why.",
     )
     if documents:

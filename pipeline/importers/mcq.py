@@ -65,18 +65,7 @@ def read(source: Path, options: Options) -> Reading:
         elif options.documents is None:
             changed["without document (no explanation or context)"] += 1
         about = document.doc_id if document else row.optional_text("about") or question_id
-        drafts.append(
-            Draft(
-                id=question_id,
-                kind="options",
-                question=stem,
-                answer=letter,
-                about=about,
-                group=about,
-                options=choices,
-                gold=gold,
-            )
-        )
+        drafts.append(Draft(question_id, "options", stem, letter, about, about, options=choices, gold=gold))
     note = NOTE_DOCUMENTS if documents else NOTE_GIVEN if options.documents else NOTE_NONE
     return Reading([*documents.values()], drafts, skipped, changed=+changed, notes=(note,))
 

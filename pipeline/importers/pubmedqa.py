@@ -54,29 +54,32 @@ def read(source: Path, options: Options) -> Reading:
             skipped["PubMed id seen before"] += 1
             skipped_documents["id seen before"] += 1
             continue
-        answer = item.text("answer").lower()
-        if answer not in {"yes", "no", "maybe"}:
-            raise item.wrong("answer", answer, "yes, no or maybe")
         text = sections(
             (label.capitalize(), part) for label, part in zip(labels, contexts, strict=True) if part
         )
         documents[doc_id] = Document(doc_id=doc_id, title=f"PubMed {pmid}", text=text, source=f"PMID {pmid}")
-        quote = best_sentence("\n\n".join(contexts), item.text("long_answer"))
-        drafts.append(
-            Draft(
-                id=row.optional_text("id") or f"pubmedqa-{pmid}",
-                kind="yes_no",
-                question=squash(item.text("question")),
-                answer=answer,
-                about=doc_id,
-                group=doc_id,
-                gold=(Quote(doc_id=doc_id, quote=quote),) if quote else (),
-            )
-        )
+        draft_id = row.optional_text("id") or f"pubmedqa-{pmid}"
+        drafts.append(_draft(item, draft_id, doc_id, "\n\n".join(contexts)))
     changed = Counter(
         {"without gold quote (no sentence near the conclusion)": sum(not d.gold for d in drafts)}
     )
     return Reading([*documents.values()], drafts, skipped, skipped_documents, +changed, NOTES)
+
+
+def _draft(item: Row, draft_id: str, doc_id: str, text: str) -> Draft:
+    answer = item.text("answer").lower()
+    if answer not in {"yes", "no", "maybe"}:
+        raise item.wrong("answer", answer, "yes, no or maybe")
+    quote = best_sentence(text, item.text("long_answer"))
+    return Draft(
+        id=draft_id,
+        kind="yes_no",
+        question=squash(item.text("question")),
+        answer=answer,
+        about=doc_id,
+        group=doc_id,
+        gold=(Quote(doc_id=doc_id, quote=quote),) if quote else (),
+    )
 
 
 def _original(row: Row, options: Options) -> Row:
