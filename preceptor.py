@@ -109,6 +109,7 @@ def import_(
     source: Annotated[Path, typer.Argument(help="The set's file or folder (for jsonl: the questions).")],
     into: Annotated[Path, typer.Option(help="Folder of the new domain.")],
     documents: Annotated[Path | None, typer.Option(help="Documents, where the set keeps them apart.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="Questions, where SOURCE is a folder.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="At most so many questions; 0 is all.")] = 0,
     field: Annotated[
         list[str] | None, typer.Option(help="Field map OURS=THEIRS of questions; repeat it.")
