@@ -19,6 +19,7 @@ from rag.load import Loaded, load_documents
 
 if TYPE_CHECKING:
     from domains.domain import Domain
+    from rag.embed import MiniLMEmbedder
 
 _NAMED = 20  # skipped files named one by one; the report has them all
 
@@ -32,23 +33,13 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         RunLocked: another process writes the index.
     """
     from rag.embed import MiniLMEmbedder
-    from rag.index import open_index, update_index
-    from rag.lexical import passage_text
+    from rag.index import update_index
 
     progress.start("reading documents", 0)
     loaded = load_documents(domain.documents)
     _tell_skipped(loaded, progress)
     # The only embedder so far; an unknown name does not get past the configuration's validation.
     embedder = {"minilm": MiniLMEmbedder}[domain.config.index.embedder]()
-    done = 0
-
-    def on_progress(now: int, total: int) -> None:
-        nonlocal done
-        if done == 0:
-            progress.start("embedding passages", total)
-        progress.advance(now - done)
-        done = now
-
     with disk_errors(run.index):
         report = update_index(
             run.index,
@@ -56,18 +47,9 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
             embedder=embedder,
             max_chars=domain.config.index.passage_chars,
             overlap_chars=domain.config.index.overlap_chars,
-            on_progress=on_progress,
+            on_progress=_Bar(progress),
         )
-    index = open_index(run.index, embedder=embedder)  # also shows that what was written can be read
-    try:
-        cut = embedder.count_cut([passage_text(passage) for passage in index.passages])
-    finally:
-        index.close()
-    if cut:
-        progress.say(
-            f"{cut} of {report.passages} passages are longer than the embedder reads "
-            f"({embedder.max_tokens} tokens): lower [index] passage_chars"
-        )
+    cut = _count_cut(run, embedder, progress)
     counts = {"documents": len(loaded.documents), "skipped": len(loaded.skipped), "cut": cut}
     names = ("passages", "embedded", "added", "changed", "removed", "unchanged")
     return Report(
@@ -78,6 +60,38 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
             "skipped": [asdict(entry) for entry in loaded.skipped],
         },
     )
+
+
+class _Bar:
+    """Turns (done, total) into a bar that appears when there is something to embed."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._done = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._done == 0:
+            self._progress.start("embedding passages", total)
+        self._progress.advance(done - self._done)
+        self._done = done
+
+
+def _count_cut(run: Run, embedder: MiniLMEmbedder, progress: Progress) -> int:
+    """Open what was written, which shows that it can be opened, and count what the embedder cuts off."""
+    from rag.index import open_index
+    from rag.lexical import passage_text
+
+    index = open_index(run.index, embedder=embedder)
+    try:
+        cut = embedder.count_cut([passage_text(passage) for passage in index.passages])
+    finally:
+        index.close()
+    if cut:
+        progress.say(
+            f"{cut} of {len(index.passages)} passages are longer than the embedder reads "
+            f"({embedder.max_tokens} tokens): lower [index] passage_chars"
+        )
+    return cut
 
 
 def _tell_skipped(loaded: Loaded, progress: Progress) -> None:

@@ -52,7 +52,10 @@ STAGES = (
         writes=("rationales",),
         sections=("teacher", "elicit", "retrieve"),
         prompts=("teacher",),
-        code=("pipeline.elicit", "pipeline.teacher"),
+        code=(
+            "pipeline.elicit", "pipeline.asking", "pipeline.ledger", "pipeline.teacher", "pipeline.teacher_endpoint",
+            "pipeline.teacher_local", "pipeline.teacher_passages", "pipeline.teacher_prompt", "rag.prompt", "rag.answers",
+        ),
     ),
     Stage(
         name="curate",

@@ -83,29 +83,11 @@ def update_index(
         for document in sorted(documents, key=lambda document: document.doc_id)
         for passage in split_document(document, max_chars=max_chars, overlap_chars=overlap_chars)
     ]
+    settings = {"max_chars": max_chars, "overlap_chars": overlap_chars}
     folder.mkdir(parents=True, exist_ok=True)
     with _writing(folder):
         former = _former(folder, embedder)
-        client = _open_or_reset(folder)
-        try:
-            name = collection_name(embedder)
-            store = open_store(client, name=name, embedder=embedder, create=True)
-            collection = client.get_collection(name, embedding_function=None)
-            embedded = _embed_missing(collection, store, passages, on_progress)
-            generation = _write_generation(folder, passages)
-            manifest = Manifest(
-                embedder=embedder.name,
-                dimensions=embedder.dimensions,
-                max_chars=max_chars,
-                overlap_chars=overlap_chars,
-                generation=generation,
-                passages=len(passages),
-                documents=hashes,
-            )
-            write_text_atomic(folder / "index.json", manifest.model_dump_json(indent=1) + "\n")
-            _clean(folder, client, collection, manifest, {p.passage_id for p in passages})
-        finally:
-            client.close()
+        embedded = _write(folder, passages, hashes, settings, embedder, on_progress)
     before = former.documents if former else {}
     return IndexReport(
         added=len(hashes.keys() - before.keys()),
@@ -117,6 +99,36 @@ def update_index(
         seconds=time.monotonic() - began,
         size_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
     )
+
+
+def _write(
+    folder: Path,
+    passages: Sequence[Passage],
+    hashes: dict[str, str],
+    settings: dict[str, int],
+    embedder: Embedder,
+    on_progress: Callable[[int, int], None] | None,
+) -> int:
+    """Vectors first, then the words, then ``index.json``, then the cleaning; returns how many were embedded."""
+    client = _open_or_reset(folder)
+    try:
+        name = collection_name(embedder)
+        store = open_store(client, name=name, embedder=embedder, create=True)
+        collection = client.get_collection(name, embedding_function=None)
+        embedded = _embed_missing(collection, store, passages, on_progress)
+        manifest = Manifest(
+            embedder=embedder.name,
+            dimensions=embedder.dimensions,
+            **settings,
+            generation=_write_generation(folder, passages),
+            passages=len(passages),
+            documents=hashes,
+        )
+        write_text_atomic(folder / "index.json", manifest.model_dump_json(indent=1) + "\n")
+        _clean(folder, client, collection, manifest, {passage.passage_id for passage in passages})
+    finally:
+        client.close()
+    return embedded
 
 
 def _document_hashes(documents: Sequence[Document], *, max_chars: int, overlap_chars: int) -> dict[str, str]:
