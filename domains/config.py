@@ -144,7 +144,7 @@ class ParitySection(Record):
 
     prompts: Count = 8
     max_kl: Annotated[float, Field(gt=0)] = 0.02
-    min_top1: Share = 0.95
+    min_top1: Share = 0.9
 
 
 class ExamSection(Record):

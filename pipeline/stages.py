@@ -42,7 +42,7 @@ STAGES = (
         prompts=(),
         code=(
             *("pipeline.index", "rag.load", "rag.formats", "rag.html", "rag.jats", "rag.passages", "rag.words"),
-            *("rag.embed", "rag.bert", "rag.lexical", "rag.index", "rag.update", "rag.manifest"),
+            *("rag.embed", "rag.bert", "rag.blas", "rag.lexical", "rag.index", "rag.update", "rag.manifest"),
         ),
     ),
     Stage(
