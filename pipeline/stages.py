@@ -99,7 +99,11 @@ STAGES = (
         writes=("report",),
         sections=("domain", "student", "retrieve", "exam", "serve"),
         prompts=("system",),
-        code=("pipeline.exam", "pipeline.metrics", "pipeline.verdict", "serve.assistant", "rag.prompt", "rag.answers"),
+        code=(
+            "pipeline.exam", "pipeline.arms", "pipeline.metrics", "pipeline.bootstrap", "pipeline.summary",
+            "pipeline.verdict", "pipeline.report", "pipeline.plots", "pipeline.base_gguf", "serve.assistant",
+            "serve.engine", "rag.citations", "rag.prompt", "rag.answers",
+        ),
     ),
 )  # fmt: skip
 
