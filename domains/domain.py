@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from domains.config import DomainConfig, read_config
-from domains.errors import ConfigError
+from domains.errors import ConfigError, DataError
+from domains.jsonl import read_jsonl
+from domains.records import Question
 
 SHIPPED = Path(__file__).parent
 PROMPTS = ("system", "teacher")
@@ -35,6 +38,30 @@ class Domain:
     def questions(self) -> Path | None:
         """The questions' JSONL file, or None where the domain has none."""
         return self._resolve(self.config.corpus.questions) if self.config.corpus.questions else None
+
+    def read_questions(self) -> list[Question]:
+        """All seed and exam questions, in the file's order.
+
+        Raises:
+            ConfigError: ``[corpus] questions`` names no file.
+            DataError: the file is wrong (names the line), or two questions share an id.
+        """
+        path = self.questions
+        if path is None:
+            raise ConfigError(
+                f"the domain {self.name!r} has no questions",
+                expected="[corpus] questions in domain.toml, a JSONL file of seed and exam questions",
+                next_step="preceptor new NAME --docs DIR makes starter questions; see README, Add a domain",
+            )
+        questions = read_jsonl(path, Question)
+        twice = [name for name, times in Counter(item.id for item in questions).items() if times > 1]
+        if twice:
+            raise DataError(
+                f"{path}: {len(twice)} question ids occur twice, the first is {twice[0]!r}",
+                expected="a different id for every question",
+                next_step=f"mend {path}",
+            )
+        return questions
 
     def _resolve(self, value: str) -> Path:
         return (self.folder / Path(value).expanduser()).resolve()

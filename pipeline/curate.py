@@ -21,7 +21,7 @@ from typing import get_args
 
 from domains.checks import Check, load_checks
 from domains.domain import Domain
-from domains.errors import ConfigError, StageError
+from domains.errors import StageError
 from domains.jsonl import read_jsonl, write_jsonl
 from domains.records import Passage, Question, Rationale, Rejection
 from pipeline.decontaminate import ExamGuard
@@ -29,7 +29,7 @@ from pipeline.judge import Judge, keep_clear, select
 from pipeline.progress import Progress
 from pipeline.rows import Kept, Origin, RowBuilder
 from pipeline.run_folder import Report, Run, disk_errors, need
-from rag.index import Index, open_index
+from rag.retrieve import Retriever, open_retriever
 
 FEW_ROWS = 32
 ORIGINS = get_args(Origin)
@@ -56,19 +56,16 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         StageError: an input is missing, or no rationale was kept (names the commonest reason).
         ConfigError: the domain has no questions, or a named check does not exist.
     """
-    from rag.embed import MiniLMEmbedder
-
     checks = load_checks(domain.folder, domain.config.curate.checks)
-    questions = read_questions(domain)
+    questions = domain.read_questions()
     rationales = read_jsonl(need(run.rationales, stage="elicit"), Rationale)
-    index = open_index(need(run.index, stage="index"), embedder=MiniLMEmbedder())
-    try:
+    with open_retriever(need(run.index, stage="index"), domain.config.retrieve) as retriever:
         guard = ExamGuard(
             [question for question in questions if question.split == "exam"],
             ngram=domain.config.curate.decontaminate_ngram,
             near_duplicate=domain.config.curate.near_duplicate,
         )
-        kept, rejected = _check(domain, questions, rationales, index.by_id, guard, checks, progress)
+        kept, rejected = _check(domain, questions, rationales, retriever.index.by_id, guard, checks, progress)
         with disk_errors(run.folder):
             write_jsonl(run.rejections, rejected)
         reasons = Counter(rejection.reason for rejection in rejected)
@@ -76,14 +73,12 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         unanswerable = [q for q in questions if q.kind == "unanswerable" and q.split == "seed"]
         clear, contaminated = keep_clear(unanswerable, guard)
         progress.start("writing training rows", 0)
-        rows, counts = _builder(domain, index).build(
+        rows, counts = _builder(domain, retriever).build(
             kept,
             clear,
             retrieved_share=domain.config.curate.retrieved_share,
             irrelevant_share=domain.config.curate.irrelevant_share,
         )
-    finally:
-        index.close()
     with disk_errors(run.folder):
         write_jsonl(run.rejections, [*rejected, *contaminated])
         write_jsonl(run.examples, rows)
@@ -144,40 +139,16 @@ def _check(
     return kept, [*rejected, *surplus]
 
 
-def _builder(domain: Domain, index: Index) -> RowBuilder:
-    from rag.retrieve import Retriever
-
+def _builder(domain: Domain, retriever: Retriever) -> RowBuilder:
     config = domain.config
-    retriever = Retriever(
-        index,
-        candidates=config.retrieve.candidates,
-        rrf_k=config.retrieve.rrf_k,
-        lexical_weight=config.retrieve.lexical_weight,
-        dense_weight=config.retrieve.dense_weight,
-    )
     return RowBuilder(
         system=domain.prompts["system"],
         abstain=config.domain.abstain,
-        retrieve=lambda query, top_k: [hit.passage for hit in retriever.retrieve(query, top_k=top_k)],
+        retrieve=retriever.find,
         top_k=config.retrieve.top_k,
         rationale_in_target=config.curate.rationale_in_target,
         seed=config.curate.seed,
     )
-
-
-def read_questions(domain: Domain) -> list[Question]:
-    """The domain's questions.
-
-    Raises:
-        ConfigError: the domain names no file of questions.
-    """
-    if domain.questions is None:
-        raise ConfigError(
-            f"domain {domain.name!r} has no questions",
-            expected="corpus.questions: a file of seed and exam questions",
-            next_step="preceptor new NAME --docs DIR makes starter questions",
-        )
-    return read_jsonl(domain.questions, Question)
 
 
 def require_some(kept: Sequence[Kept], reasons: Counter[str], rejections: Path) -> None:

@@ -15,11 +15,10 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from domains.domain import Domain
-from domains.errors import DataError, StageError
-from domains.jsonl import read_jsonl, write_jsonl
+from domains.errors import StageError
+from domains.jsonl import write_jsonl
 from domains.records import Passage, Question, Rationale
 from pipeline.asking import Answers, Estimate, answer_all, estimate, raise_for_failures
 from pipeline.ledger import Ledger
@@ -30,9 +29,6 @@ from pipeline.teacher_endpoint import EndpointTeacher
 from pipeline.teacher_local import LocalTeacher
 from pipeline.teacher_passages import Find, teacher_passages
 from pipeline.teacher_prompt import read_reply, reference, teacher_messages
-
-if TYPE_CHECKING:
-    from rag.index import Index
 
 TERMS = (
     "Note: the terms of many providers, OpenAI among them, restrict training models that compete with theirs "
@@ -164,22 +160,13 @@ def choose_questions(questions: Sequence[Question], *, count: int, seed: int) ->
 
 def _questions(domain: Domain) -> tuple[list[Question], dict[str, int]]:
     """The questions to put, and the counts of the others."""
-    path = domain.questions
-    questions = [q for q in read_jsonl(path, Question) if q.split == "seed"] if path else []
-    twice = [each for each, times in Counter(q.id for q in questions).items() if times > 1]
-    if twice:
-        raise DataError(
-            f"{path}: {len(twice)} question ids occur twice, the first is {twice[0]!r}",
-            expected="one id per question",
-            next_step=f"mend {path}",
-        )
+    questions = [question for question in domain.read_questions() if question.split == "seed"]
     answerable = [question for question in questions if question.kind != "unanswerable"]
     if not answerable:
         raise StageError(
-            f"the domain {domain.name!r} has 0 answerable seed questions"
-            + (f" in {path}" if path else " ([corpus] questions is empty)"),
+            f"the domain {domain.name!r} has 0 answerable seed questions in {domain.questions}",
             expected='questions with split "seed" and an answer',
-            next_step="preceptor import, or write some: docs/domains.md shows the format",
+            next_step="preceptor import, or write some: README, Add a domain, shows the format",
         )
     chosen = choose_questions(
         answerable, count=domain.config.elicit.questions, seed=domain.config.elicit.seed
@@ -195,28 +182,11 @@ def _questions(domain: Domain) -> tuple[list[Question], dict[str, int]]:
 def _requests(
     domain: Domain, run: Run, teacher: Teacher, chosen: Sequence[Question], progress: Progress | None
 ) -> list[Asked]:
-    from rag.embed import MiniLMEmbedder
-    from rag.index import open_index
+    from rag.retrieve import open_retriever
 
-    index = open_index(need(run.index, stage="index"), embedder=MiniLMEmbedder())
-    try:
-        return build_requests(domain, index.passages, _finder(domain, index), teacher, chosen, progress)
-    finally:
-        index.close()
-
-
-def _finder(domain: Domain, index: Index) -> Find:
-    from rag.retrieve import Retriever
-
-    config = domain.config
-    retriever = Retriever(
-        index,
-        candidates=config.retrieve.candidates,
-        rrf_k=config.retrieve.rrf_k,
-        lexical_weight=config.retrieve.lexical_weight,
-        dense_weight=config.retrieve.dense_weight,
-    )
-    return lambda query, top_k: [hit.passage for hit in retriever.retrieve(query, top_k=top_k)]
+    with open_retriever(need(run.index, stage="index"), domain.config.retrieve) as retriever:
+        passages = retriever.index.passages
+        return build_requests(domain, passages, retriever.find, teacher, chosen, progress)
 
 
 def build_requests(

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from domains.domain import Domain
-from domains.errors import DataError, StageError
-from domains.jsonl import read_jsonl, write_text_atomic
+from domains.errors import StageError
+from domains.jsonl import write_text_atomic
 from domains.records import Passage, Question
 from pipeline.arms import DEPTH, PARALLEL, Arm, Conditions, Remembered, ask_arms
 from pipeline.base_gguf import base_gguf
@@ -48,9 +48,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         StageError: a model or the index is missing, or there are no exam questions.
         ModelError: the base model can't be written as GGUF or loaded.
     """
-    from rag.embed import MiniLMEmbedder
-    from rag.index import open_index
-    from rag.retrieve import Retriever
+    from rag.retrieve import open_retriever
 
     config = domain.config
     tuned = need(run.export / "student-F16.gguf", stage="export")
@@ -58,21 +56,13 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
     pool, seen = exam_questions(domain)
     questions = draw_questions(pool, count=config.exam.questions, seed=config.exam.seed)
     base = base_gguf(config.student.base)
-    index = open_index(need(run.index, stage="index"), embedder=MiniLMEmbedder())
-    retriever = Retriever(
-        index,
-        candidates=config.retrieve.candidates,
-        rrf_k=config.retrieve.rrf_k,
-        lexical_weight=config.retrieve.lexical_weight,
-        dense_weight=config.retrieve.dense_weight,
-    )
-    try:
+    with open_retriever(need(run.index, stage="index"), config.retrieve) as retriever:
         return examine(
             run,
             questions,
             models={"base": base, "tuned": tuned, "exported": exported},
             retriever=retriever,
-            passages=index.passages,
+            passages=retriever.index.passages,
             conditions=_conditions(domain),
             open_engine=lambda gguf: Engine(gguf, context=config.student.context, parallel=PARALLEL),
             resamples=config.exam.resamples,
@@ -82,8 +72,6 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
             about={**_about(domain), "base": config.student.base},
             progress=progress,
         )
-    finally:
-        index.close()
 
 
 def _conditions(domain: Domain) -> Conditions:
@@ -214,21 +202,13 @@ def exam_questions(domain: Domain) -> tuple[list[Question], set[str]]:
         StageError: the domain has none.
         DataError: two questions share an id.
     """
-    path = domain.questions
-    questions = read_jsonl(path, Question) if path else []
-    twice = [name for name, count in Counter(question.id for question in questions).items() if count > 1]
-    if twice:
-        raise DataError(
-            f"{path}: {len(twice)} question ids occur twice, such as {twice[0]!r}",
-            expected="a different id for every question",
-            next_step=f"mend {path}",
-        )
+    questions = domain.read_questions()
     exam = [question for question in questions if question.split == "exam"]
     if not exam:
         raise StageError(
             f"0 of {len(questions)} questions of domain {domain.name!r} are for the exam",
             expected='questions with "split": "exam", about documents that no seed question is about',
-            next_step=f"add some to {path or 'a questions file, [corpus] questions in domain.toml'}",
+            next_step=f"add some to {domain.questions}",
         )
     return exam, {question.about for question in questions if question.split == "seed"}
 

@@ -88,29 +88,17 @@ def _exam_questions(domain: Domain) -> list[Question]:
 def _exam_turns(domain: Domain, run: Run, questions: Sequence[Question]) -> list[Turn]:
     if not questions:
         return []
-    from rag.embed import MiniLMEmbedder
-    from rag.index import open_index
-    from rag.retrieve import Retriever
+    from rag.retrieve import open_retriever
 
     config = domain.config
-    index = open_index(need(run.index, stage="index"), embedder=MiniLMEmbedder())
-    try:
-        retriever = Retriever(
-            index,
-            candidates=config.retrieve.candidates,
-            rrf_k=config.retrieve.rrf_k,
-            lexical_weight=config.retrieve.lexical_weight,
-            dense_weight=config.retrieve.dense_weight,
-        )
+    with open_retriever(need(run.index, stage="index"), config.retrieve) as retriever:
         return exam_turns(
             questions,
-            lambda query: [hit.passage for hit in retriever.retrieve(query, top_k=config.retrieve.top_k)],
+            lambda query: retriever.find(query, config.retrieve.top_k),
             system=domain.prompts["system"],
             abstain=config.domain.abstain,
             count=config.parity.prompts,
         )
-    finally:
-        index.close()
 
 
 def _training_turns(examples: Sequence[Example], *, count: int) -> list[Turn]:

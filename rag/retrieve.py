@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
 
+from domains.config import RetrieveSection
 from domains.errors import ConfigError
-from domains.records import Hit
+from domains.records import Hit, Passage
+from rag.embed import MiniLMEmbedder
 from rag.fuse import fuse
-from rag.index import Index
+from rag.index import Index, open_index
+
+
+def open_retriever(folder: Path, retrieve: RetrieveSection) -> Retriever:
+    """A retriever over the index in ``folder`` as ``[retrieve]`` wants it; close it after use.
+
+    Raises:
+        DataError: there is no index.
+        IndexMismatch: it was built with another embedder.
+    """
+    return Retriever(
+        open_index(folder, embedder=MiniLMEmbedder()),
+        candidates=retrieve.candidates,
+        rrf_k=retrieve.rrf_k,
+        lexical_weight=retrieve.lexical_weight,
+        dense_weight=retrieve.dense_weight,
+    )
 
 
 class Retriever:
@@ -38,6 +58,20 @@ class Retriever:
                 expected="at least one above 0",
                 next_step="mend [retrieve] in domain.toml",
             )
+
+    def find(self, query: str, top_k: int) -> list[Passage]:
+        """The passages of `retrieve`."""
+        return [hit.passage for hit in self.retrieve(query, top_k=top_k)]
+
+    def close(self) -> None:
+        """Close the index."""
+        self.index.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def retrieve(self, query: str, *, top_k: int) -> list[Hit]:
         """The ``top_k`` best passages, best first, ties broken by passage id; none for an empty query.

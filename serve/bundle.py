@@ -13,9 +13,7 @@ from pathlib import Path, PurePosixPath
 from domains.config import DomainConfig, read_config
 from domains.domain import Domain, find_domain
 from domains.errors import ConfigError, DataError, ModelError
-from rag.embed import MiniLMEmbedder
-from rag.index import open_index
-from rag.retrieve import Retriever
+from rag.retrieve import Retriever, open_retriever
 from serve.assistant import Assistant
 from serve.engine import Engine
 from serve.gguf_check import check_gguf
@@ -44,7 +42,7 @@ class OpenBundle:
     def close(self) -> None:
         """Free the model and give the index's files back."""
         self.engine.close()
-        self.retriever.index.close()
+        self.retriever.close()
 
     def __enter__(self) -> OpenBundle:
         return self
@@ -152,17 +150,11 @@ def _open(
     manifest: Manifest | None,
     parallel: int | None,
 ) -> OpenBundle:
-    retriever = Retriever(
-        open_index(index_folder, embedder=MiniLMEmbedder()),
-        candidates=config.retrieve.candidates,
-        rrf_k=config.retrieve.rrf_k,
-        lexical_weight=config.retrieve.lexical_weight,
-        dense_weight=config.retrieve.dense_weight,
-    )
+    retriever = open_retriever(index_folder, config.retrieve)
     try:
         engine = Engine(gguf, context=config.student.context, parallel=parallel or config.serve.parallel)
     except BaseException:
-        retriever.index.close()
+        retriever.close()
         raise
     assistant = Assistant(
         engine,

@@ -12,7 +12,7 @@ from pipeline.gguf_writer import gguf_name, llama3_rope_factors, permute_rows, r
 from serve.engine import Engine
 from serve.gguf_check import Array, check_gguf
 from serve.models import packaged_gguf
-from tests.small_models import LLAMA3_ROPE, TEMPLATE, TEXT, small_llama, small_tokenizer
+from tests.small_models import LLAMA3_ROPE, TEMPLATE, TEXT, read_tensors, small_llama, small_tokenizer
 
 
 def write(path: Path, model: Any, tokenizer: Any, **options: Any) -> Path:
@@ -146,8 +146,6 @@ def test_names() -> None:
 
 def test_default_model_comes_back_as_it_was(tmp_path: Path) -> None:
     """Packaged GGUF -> names and row order of transformers -> our F32 file: same numbers, same vocabulary."""
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
     from transformers import LlamaConfig
 
     source = packaged_gguf()
@@ -156,7 +154,7 @@ def test_default_model_comes_back_as_it_was(tmp_path: Path) -> None:
         num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5, tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
     )  # fmt: skip
-    theirs = {t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(source).tensors}
+    theirs = read_tensors(source)
     heads = {"q_proj": 9, "k_proj": 3}
     state = {}
     layers = [f"model.layers.{n}.{k}" for n in range(30) for k in _LAYER_KINDS]
@@ -172,7 +170,7 @@ def test_default_model_comes_back_as_it_was(tmp_path: Path) -> None:
         path, state=state, config=config, tokenizer=None, template="{{ messages }}", name="SmolLM2",
         licence="apache-2.0", file_type="F32", copy_tokenizer_from=source,
     )  # fmt: skip
-    ours = {t.name: t.data for t in GGUFReader(path).tensors}
+    ours = read_tensors(path)
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
     facts, packaged = check_gguf(path, arrays=True), check_gguf(source, arrays=True)

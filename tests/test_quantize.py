@@ -12,7 +12,7 @@ from pipeline.gguf_writer import write_llama_gguf
 from pipeline.imatrix import collect_imatrix, read_imatrix, write_imatrix
 from pipeline.quantize import quantize
 from serve.gguf_check import check_gguf
-from tests.small_models import TEMPLATE, small_llama, small_tokenizer
+from tests.small_models import TEMPLATE, read_tensors, small_llama, small_tokenizer
 
 ROWS = [np.random.default_rng(n).integers(4, 400, 40).tolist() for n in range(3)]
 
@@ -23,14 +23,6 @@ def write(path: Path, model: Any) -> Path:
         name="small", licence="apache-2.0",
     )  # fmt: skip
     return path
-
-
-def dequantized(path: Path, name: str) -> np.ndarray:
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
-
-    tensor = next(t for t in GGUFReader(path).tensors if t.name == name)
-    return dequantize(tensor.data, tensor.tensor_type)
 
 
 def test_widths_that_256_divides_get_what_was_asked(tmp_path: Path) -> None:
@@ -82,10 +74,10 @@ def test_imatrix_weighs_the_rounding(tmp_path: Path) -> None:
     importance[::8] = 100.0
     quantize(source, tmp_path / "plain.gguf", kind="Q4_0")
     quantize(source, tmp_path / "weighed.gguf", kind="Q4_0", imatrix={name: importance})
-    truth = dequantized(source, name)
+    truth = read_tensors(source)[name]
 
     def error(file: str) -> float:
-        return float(np.square(dequantized(tmp_path / file, name) - truth)[:, ::8].mean())
+        return float(np.square(read_tensors(tmp_path / file)[name] - truth)[:, ::8].mean())
 
     assert error("weighed.gguf") < 0.7 * error("plain.gguf")
     assert (

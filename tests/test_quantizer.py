@@ -9,6 +9,7 @@ from domains.errors import ModelError
 from serve.gguf_check import check_gguf
 from serve.models import packaged_gguf
 from serve.quantizer import requantize
+from tests.small_models import read_tensors
 
 
 @pytest.fixture(scope="module")
@@ -19,15 +20,10 @@ def q8(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_packaged_model_becomes_q8_with_the_same_numbers(q8: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
-
     assert check_gguf(q8).kind_counts == {"F32": 61, "Q8_0": 211}
-    ours = {t.name: t for t in GGUFReader(q8).tensors}
-    for tensor in GGUFReader(packaged_gguf()).tensors[:10]:
-        before = dequantize(tensor.data, tensor.tensor_type)
-        after = dequantize(ours[tensor.name].data, ours[tensor.name].tensor_type)
-        assert np.abs(after - before).max() <= np.abs(before).max() / 127
+    after = read_tensors(q8)
+    for name, before in read_tensors(packaged_gguf(), 10).items():
+        assert np.abs(after[name] - before).max() <= np.abs(before).max() / 127
     assert capfd.readouterr() == ("", "")  # llama.cpp's log stays off the terminal
 
 
