@@ -50,7 +50,6 @@ class Conditions:
     top_k: int
     max_tokens: int
     context: int
-    withdraw_unsupported: bool
 
 
 class Row(Record):
@@ -169,7 +168,8 @@ def _ask_chunk(
         abstain=conditions.abstain,
         top_k=conditions.top_k,
         max_tokens=conditions.max_tokens,
-        withdraw_unsupported=conditions.withdraw_unsupported,
+        # Models are compared by what they say; what serving would withdraw is marked (metrics.score_served).
+        withdraw_unsupported=False,
     )
     asked = [_prepare(assistant, question) for _, question in chunk]
     engine.forget()  # so that a resumed exam gives the answers of an uninterrupted one

@@ -82,7 +82,6 @@ def _conditions(domain: Domain) -> Conditions:
         top_k=config.retrieve.top_k,
         max_tokens=config.exam.max_tokens,
         context=config.student.context,
-        withdraw_unsupported=config.serve.withdraw_unsupported,
     )
 
 

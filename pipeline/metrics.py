@@ -186,9 +186,22 @@ def mark_answer(
     marks["too_long"] = (float(answer is None), 1)
     if answer is not None:
         marks |= _mark_evidence(question, answer, gold)
+        marks |= _mark_withdrawal(question, answer, score=marks["score"][0])
         marks["tokens_per_s"] = (answer.completion_tokens, seconds)
         marks["seconds_per_question"] = (seconds, 1)
     return marks
+
+
+def _mark_withdrawal(question: Question, answer: Answer, *, score: float) -> dict[str, Mark]:
+    """What ``[serve] withdraw_unsupported`` makes of the answer: withdrawn when no shown passage supports it.
+
+    Only for answers that were shown passages.
+    """
+    if not answer.passages:
+        return {}
+    withdrawn = answer.support == "unsupported"
+    served = float(question.kind == "unanswerable") if withdrawn else score
+    return {"withdrawn": (float(withdrawn), 1), "score_served": (served, 1)}
 
 
 def _mark_content(question: Question, said: str | None) -> dict[str, Mark]:

@@ -31,6 +31,8 @@ PAIR_LABELS = {
 METRICS = (
     ("score", "Score", "all questions; the verdict rests on it", "share"),
     ("score_answerable", "Score, answerable", "questions that the documents answer", "share"),
+    ("score_served", "Score as served", "answers without support withdrawn, as serving does", "share"),
+    ("withdrawn", "Withdrawn", "answers that no shown passage supports", "share"),
     ("token_f1", "Open: token F1", "words shared with the reference answer", "share"),
     ("rouge_l", "Open: ROUGE-L", "longest common word sequence", "share"),
     ("exact_match", "Open: exact match", "same words as the reference", "share"),
@@ -57,6 +59,7 @@ _SUPPORT = {
 }
 _TABLE = (
     ("score", "score"),
+    ("score_served", "score as served"),
     ("token_f1", "open: token F1"),
     ("option_accuracy", "options right"),
     ("yes_no_accuracy", "yes/no right"),

@@ -206,7 +206,6 @@ def take_exam(run: Run, models: dict, **changes) -> tuple[dict, Silent]:
             top_k=3,
             max_tokens=100,
             context=20_000,
-            withdraw_unsupported=True,
         ),
         "open_engine": ActorEngine,
         "resamples": 300,
