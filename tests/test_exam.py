@@ -42,7 +42,7 @@ def test_report_says_what_the_actors_can_do(tmp_path):
     # As served, every unsupported reply is withdrawn: the unanswerable questions (a quarter) are right anyway.
     served = report["arms"]["base_rag"]["score_served"]["mean"]
     assert served == pytest.approx((len(quarter) * 3 + len(CLUBS)) / 48, abs=1e-4)
-    assert scores["tuned_rag"] == scores["exported_rag"] == pytest.approx((9 * 3 + 12) / 48, abs=1e-4)
+    assert scores["tuned_rag"] == scores["exported_rag"] == pytest.approx(9 * 4 / 48, abs=1e-4)
     assert scores["base"] == scores["tuned"] == 0
     difference = report["differences"]["tuned_rag-base_rag"]["score"]
     assert difference["mean"] == pytest.approx(scores["tuned_rag"] - scores["base_rag"], abs=2e-4)
@@ -52,8 +52,9 @@ def test_report_says_what_the_actors_can_do(tmp_path):
     assert report["arms"]["tuned_rag"]["citation_precision"]["mean"] == 1
     assert report["arms"]["tuned_rag"]["citation_recall"]["mean"] == 0.75
     assert report["arms"]["tuned_rag"]["quote_validity"]["mean"] == 1
-    assert report["arms"]["tuned_rag"]["abstention_recall"]["mean"] == 1
-    assert report["arms"]["tuned_rag"]["false_abstention"]["mean"] == 0.25
+    assert report["arms"]["tuned_rag"]["abstention_recall"]["mean"] == 0.75
+    assert report["arms"]["tuned_rag"]["false_abstention"]["mean"] == 0
+    assert report["arms"]["tuned_rag"]["withdrawn"]["mean"] == 0.25
     assert "citation_recall" not in report["arms"]["tuned"]
 
 
