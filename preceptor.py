@@ -482,10 +482,7 @@ def _first_answer(domain: Domain, folder: Run, name: str, profile: str) -> None:
     answer = next((item for item in answers if item.citations), answers[0])
     console.print("\nA first answer, from the untrained student with retrieval:", highlight=False)
     _print_answer(answer.text, answer.citations, question=answer.question)
-    extra = "" if profile == "quick" else f" --run {folder.folder.name}"
-    console.print(
-        f"Ask more meanwhile in another terminal: preceptor chat {name} --base{extra}\n", highlight=False
-    )
+    console.print(f"Ask more meanwhile in another terminal: preceptor chat {name} --base\n", highlight=False)
 
 
 def _print_exam(bundle: Path) -> None:

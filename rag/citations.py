@@ -14,6 +14,7 @@ from domains.records import Citation, Passage
 from domains.words import NUMBER_WORDS, numbers
 from rag.words import sentence_spans, stem, words
 
+_NAME = re.compile(r"\b[A-Z][\w-]+")
 _MIN_CHARS, _MIN_WORDS = 8, 2
 _SAME = str.maketrans({
     **dict.fromkeys("‘’‚‛′`´", "'"),
@@ -80,9 +81,10 @@ def check_quotes(
 def find_support(claim: str, passages: Sequence[Passage], *, min_overlap: float = 0.6) -> Citation | None:
     """The passage sentence that covers the largest share of the claim's content words.
 
-    Words are compared by stem. Every number of the claim must stand in the sentence, and the matched
-    part of the sentence must be negated exactly if the claim is. Ties go to the shorter sentence,
-    then to the earlier passage. A one-word claim is found wherever the word stands: put the
+    Words are compared by stem. Every number of the claim must stand in the sentence, every capitalised
+    word of it in the passage or its title (a claim about another medicine or product is not
+    supported), and the matched part of the sentence must be negated exactly if the claim is. Ties go
+    to the shorter sentence, then to the earlier passage. A one-word claim is found wherever the word stands: put the
     question's words into the claim when the answer is that short.
 
     Args:
@@ -92,11 +94,14 @@ def find_support(claim: str, passages: Sequence[Passage], *, min_overlap: float 
     """
     claim = _MARK.sub(" ", claim)
     wanted, figures = _content(claim), numbers(claim)
+    names = _content(" ".join(_NAME.findall(claim)))
     negated = _is_negated(words(claim))
     best: tuple[float, int, int, tuple[int, int]] | None = None
     if not wanted:
         return None
     for i, passage in enumerate(passages):
+        if not names <= _content(f"{passage.title} {passage.heading} {passage.text}"):
+            continue
         for span in sentence_spans(passage.text):
             sentence = passage.text[span[0] : span[1]]
             share = _share(wanted, sentence, negated=negated)

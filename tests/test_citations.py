@@ -175,3 +175,13 @@ def test_numbers_as_words_equal_digits() -> None:
     shelf = [passage("Urate is measured two weeks after the attack.")]
     assert find_support("Urate is measured 2 weeks after the attack", shelf)
     assert not find_support("Urate is measured 3 weeks after the attack", shelf)
+
+
+def test_a_claim_about_another_name_is_not_supported() -> None:
+    shelf = [passage("The adult dose of Brenzal is 40 mg once a day.", "brenzal")]
+    assert find_support("The adult dose of Brenzal is 40 mg once a day.", shelf)
+    assert not find_support("The adult dose of Pelidor is 40 mg once a day.", shelf)
+    assert find_support(
+        "Brenzal: the adult dose is 40 mg once a day.",
+        [passage("The adult dose is 40 mg once a day.", "brenzal")],
+    )

@@ -298,7 +298,7 @@ def test_only_long_rows_is_an_error(tiny: Path, tmp_path: Path) -> None:
 
 def test_a_loss_that_is_no_number_is_an_error(tiny: Path, tmp_path: Path) -> None:
     run = write_rows(tmp_path / "run")
-    with pytest.raises(StageError, match="the loss is (nan|inf)") as caught:
+    with pytest.raises(StageError, match=r"the loss is (nan|inf)") as caught:
         train.run(domain(tiny, learning_rate=1e20), run, Silent())
     assert "learning_rate" in caught.value.next_step
     assert not (run.training / "adapter").exists()
