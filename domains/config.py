@@ -89,7 +89,8 @@ class CurateSection(Record):
 
     Shares are of all training rows: ``retrieved_share`` rows take their passages from the question's
     own retrieval instead of the teacher's, ``irrelevant_share`` rows get passages that do not answer
-    and the abstention as target (closing the gap between training and serving).
+    and the abstention as target (closing the gap between training and serving); ``abstention_share`` is
+    the most that abstentions of all kinds may be of all rows.
     ``decontaminate_ngram`` is the length in words of an n-gram that no training question may share
     with an exam question.
     """
@@ -100,7 +101,8 @@ class CurateSection(Record):
     near_duplicate: Share = 0.85
     decontaminate_ngram: Count = 8
     retrieved_share: Share = 0.4
-    irrelevant_share: Share = 0.1
+    irrelevant_share: Share = 0.05
+    abstention_share: Annotated[float, Field(ge=0, le=0.5)] = 0.15
     rationale_in_target: bool = False
     seed: int = 0
     checks: list[str] = []

@@ -78,6 +78,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
             clear,
             retrieved_share=domain.config.curate.retrieved_share,
             irrelevant_share=domain.config.curate.irrelevant_share,
+            abstention_share=domain.config.curate.abstention_share,
         )
     with disk_errors(run.folder):
         write_jsonl(run.rejections, [*rejected, *contaminated])

@@ -34,10 +34,10 @@ def run_stage(name: str, domain: Domain, run: Run, progress: Progress, *, force:
     _need_inputs(stage, domain, run)
     if not force and is_done(stage, domain, run):
         return Outcome(name, True, run.finished()[name])
-    run.forget([name])
     module = importlib.import_module(f"pipeline.{name}")
     start = time.monotonic()
     with disk_errors(run.folder):
+        run.forget([name])
         before = fingerprint(stage, domain, run)
         report: Report = module.run(domain, run, progress)
         seconds = round(time.monotonic() - start, 1)

@@ -26,8 +26,6 @@ from rag.answers import format_reply, parse_reply
 from rag.citations import check_quotes
 from rag.prompt import neutralise, render_question, student_messages
 
-# Of all rows; more teaches a small student to abstain from what it could answer.
-MAX_ABSTENTION_SHARE = 0.3
 _ANSWERED_RECALL = 0.5
 _QUOTE_CHARS = (8, 600)
 
@@ -143,19 +141,22 @@ class RowBuilder:
         *,
         retrieved_share: float,
         irrelevant_share: float,
+        abstention_share: float,
     ) -> tuple[list[Example], Counter[str]]:
         """All rows, and counts of what became what.
 
         ``retrieved_share`` is of the rows that come from rationales, ``irrelevant_share`` of all rows.
         Every rationale gives exactly one row; further ``irrelevant`` rows show the same questions with
         other documents' passages, so that rows = rationales + ``irrelevant_extra`` + ``unanswerable_rows``.
-        Abstentions are at most `MAX_ABSTENTION_SHARE` of all rows; what is left out is counted.
+        Abstentions are at most ``abstention_share`` of all rows; what is left out is counted.
         """
         counts: Counter[str] = Counter()
-        rows, missed = self._from_rationales(kept, retrieved_share, counts)
+        rows, missed = self._from_rationales(
+            kept, retrieved_share, counts, allowed=int(abstention_share * len(kept))
+        )
         answers = len(kept) - missed
-        room = int(answers * MAX_ABSTENTION_SHARE / (1 - MAX_ABSTENTION_SHARE) + 1e-9) - missed
-        share = min(irrelevant_share, MAX_ABSTENTION_SHARE)
+        room = int(answers * abstention_share / (1 - abstention_share) + 1e-9) - missed
+        share = min(irrelevant_share, abstention_share)
         wanted = max(round(share / (1 - share) * len(kept)) - missed, 0)
         extra = min(wanted, max(room // 2, room - len(unanswerable)))
         more = self._irrelevant(kept, extra)
@@ -172,13 +173,12 @@ class RowBuilder:
         return rows, counts
 
     def _from_rationales(
-        self, kept: Sequence[Kept], share: float, counts: Counter[str]
+        self, kept: Sequence[Kept], share: float, counts: Counter[str], *, allowed: int
     ) -> tuple[list[Example], int]:
         """One row per rationale; also how many of them are abstentions because retrieval missed."""
         ordered = self._ordered(kept, lambda item: f"{item.question.id}\0{item.rationale.sample}")
         once = {item.question.id: item for item in reversed(ordered) if item.question.gold}
         chosen = [item for item in ordered if once.get(item.question.id) is item][: round(share * len(kept))]
-        allowed = int(MAX_ABSTENTION_SHARE * len(kept))
         made: dict[int, Example] = {}
         missed = 0
         for item in chosen:

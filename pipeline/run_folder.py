@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +26,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from domains.errors import DataError, RunLocked, StageError
+from domains.errors import ConfigError, DataError, PreceptorError, RunLocked, StageError
 from domains.jsonl import write_text_atomic
+
+LATEST = "latest"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# How libraries that do not raise OSError (SQLite, Chroma, safetensors) say that the disk is full.
+_DISK_WORDS = ("disk i/o error", "disk is full", "no space left", "file too large", "read-only file system")
 
 
 @dataclass(frozen=True)
@@ -108,19 +114,25 @@ class Run:
 
         Raises:
             RunLocked: another process holds it.
+            DataError: the folder can't be made or written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take_lock()
         except OSError as error:
             raise DataError(
-                f"can't make the run folder {str(self.folder)!r}: {error.strerror}",
-                expected="a writable place",
+                f"can't write the run folder {str(self.folder)!r}: {error.strerror}",
+                expected="a writable place with free space",
                 next_step="choose another with --runs DIR",
             ) from None
-        path = self.folder / "run.lock"
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        return self
+
+    def _take_lock(self) -> int:
+        handle = os.open(self.folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(handle, 0)
+            os.write(handle, f"pid {os.getpid()}\n".encode())
         except BlockingIOError:
             owner = os.read(handle, 32).decode(errors="replace").strip()
             os.close(handle)
@@ -129,10 +141,10 @@ class Run:
                 expected="one process per run folder",
                 next_step="wait for it, or start a second run with --run OTHER_NAME",
             ) from None
-        os.ftruncate(handle, 0)
-        os.write(handle, f"pid {os.getpid()}\n".encode())
-        self._lock = handle
-        return self
+        except OSError:
+            os.close(handle)
+            raise
+        return handle
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -150,7 +162,7 @@ class Run:
             return {}
         try:
             return {name: Finished(**row) for name, row in json.loads(path.read_text("utf-8")).items()}
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, AttributeError):
             raise DataError(
                 f"{path} is damaged",
                 expected="the JSON that preceptor wrote",
@@ -170,11 +182,42 @@ class Run:
 
     def point_latest(self) -> None:
         """Let ``latest`` beside the run folder point here."""
-        link = self.folder.parent / "latest"
+        link = self.folder.parent / LATEST
         temporary = link.with_name(f".latest.{os.getpid()}")
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(self.folder.name)
         temporary.replace(link)
+
+
+def open_run(runs: Path, domain: str, name: str) -> Run:
+    """The run ``<runs>/<domain>/<name>``; nothing is written yet.
+
+    Raises:
+        ConfigError: ``name`` can't be a folder's name, or is the one that the link to the last run has.
+        DataError: ``runs`` is a file.
+    """
+    if not _NAME.fullmatch(name) or name == LATEST:
+        raise ConfigError(
+            f"{name!r} can't be a run's name",
+            expected=f"1 to 64 of letters, digits, '.', '_' and '-'; not {LATEST!r}, the link to the last run",
+            next_step="choose another with --run NAME",
+        )
+    need_folder(runs)
+    return Run(runs / domain / name)
+
+
+def need_folder(runs: Path) -> None:
+    """Refuse a folder of runs that is no folder; it need not exist.
+
+    Raises:
+        DataError: it is a file.
+    """
+    if runs.exists() and not runs.is_dir():
+        raise DataError(
+            f"{str(runs)!r} is a file",
+            expected="the folder where runs lie",
+            next_step="choose another with --runs DIR",
+        )
 
 
 def need(path: Path, *, stage: str) -> Path:
@@ -219,11 +262,22 @@ def disk_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno is None or isinstance(error, FileNotFoundError):
+    except (PreceptorError, FileNotFoundError, ConnectionError):
+        raise
+    except Exception as error:
+        reason = _disk_reason(error)
+        if not reason:
             raise
         raise DataError(
-            f"can't write below {str(path)!r}: {error.strerror}",
+            f"can't write below {str(path)!r}: {reason}",
             expected="a writable place with free space",
             next_step="free some space and run the same command again: finished work is kept",
         ) from error
+
+
+def _disk_reason(error: Exception) -> str:
+    """What the disk said, or nothing where the error is another."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return str(error.strerror) + (f" ({error.filename})" if error.filename else "")
+    text = str(error)
+    return text if any(words in text.lower() for words in _DISK_WORDS) else ""

@@ -17,7 +17,7 @@ from pipeline.decontaminate import ExamGuard
 from pipeline.judge import Judge, keep_clear, select
 from pipeline.new import new_domain
 from pipeline.progress import Silent
-from pipeline.rows import MAX_ABSTENTION_SHARE, Kept, RowBuilder, gold_quotes
+from pipeline.rows import Kept, RowBuilder, gold_quotes
 from pipeline.run_folder import Run
 from rag.answers import is_abstention, parse_reply
 from rag.embed import MiniLMEmbedder
@@ -224,6 +224,8 @@ def test_the_best_rationale_of_a_question_is_kept():
     assert (len(kept), {item.reason for item in surplus}) == (1, {"same_row"})
 
 
+ABSTENTIONS = 0.3
+
 # -- rows ----------------------------------------------------------------------------------------------
 
 
@@ -249,7 +251,7 @@ def check_rows(rows: list[Example], counts: Counter[str], kept: list[Kept]) -> N
     assert {row.id for row in abstentions} == {
         row.id for row in rows if row.origin in {"irrelevant", "unanswerable"}
     }
-    assert len(abstentions) <= MAX_ABSTENTION_SHARE * len(rows) + 1e-9
+    assert len(abstentions) <= ABSTENTIONS * len(rows) + 1e-9
     for row in rows:
         question, shown = asked[row.question_id], [texts[passage_id] for passage_id in row.passages]
         assert question.split == "seed"
@@ -271,7 +273,9 @@ def check_rows(rows: list[Example], counts: Counter[str], kept: list[Kept]) -> N
 
 def test_rows_of_every_origin():
     kept = all_kept()
-    rows, counts = builder(finds_home).build(kept, nobody(), retrieved_share=0.5, irrelevant_share=0.1)
+    rows, counts = builder(finds_home).build(
+        kept, nobody(), retrieved_share=0.5, irrelevant_share=0.1, abstention_share=ABSTENTIONS
+    )
     check_rows(rows, counts, kept)
     assert counts["retrieved_rows"] == 7
     assert counts["gold_rows"] == 7
@@ -283,7 +287,9 @@ def test_rows_of_every_origin():
 
 def test_a_missed_retrieval_becomes_an_abstention_up_to_the_cap():
     kept = all_kept()
-    rows, counts = builder(misses).build(kept, nobody(), retrieved_share=1.0, irrelevant_share=0.0)
+    rows, counts = builder(misses).build(
+        kept, nobody(), retrieved_share=1.0, irrelevant_share=0.0, abstention_share=ABSTENTIONS
+    )
     check_rows(rows, counts, kept)
     assert counts["retrieved_missed"] == counts["irrelevant_rows"] == 4
     assert counts["retrieved_missed_left_out"] == 10
@@ -297,14 +303,16 @@ def test_a_passage_that_may_answer_otherwise_is_no_abstention():
         return [passages()[-1].model_copy(update={"text": text}) for text in texts]
 
     kept = [item for item in all_kept() if item.question.kind == "open"]
-    rows, counts = builder(paraphrase).build(kept, [], retrieved_share=1.0, irrelevant_share=0.0)
+    rows, counts = builder(paraphrase).build(
+        kept, [], retrieved_share=1.0, irrelevant_share=0.0, abstention_share=ABSTENTIONS
+    )
     assert counts["retrieved_unclear"] == len(kept) == counts["gold_rows"]
     assert {row.origin for row in rows} == {"gold"}
 
 
 def test_rationale_in_target():
     rows, _ = builder(finds_home, rationale_in_target=True).build(
-        all_kept(), [], retrieved_share=0.0, irrelevant_share=0.0
+        all_kept(), [], retrieved_share=0.0, irrelevant_share=0.0, abstention_share=ABSTENTIONS
     )
     assert all("So the passage says" in parse_reply(row.completion).rationale for row in rows)
 
@@ -312,7 +320,7 @@ def test_rationale_in_target():
 def test_same_seed_same_rows_another_seed_others():
     def made(seed: int) -> list[str]:
         rows, _ = builder(finds_home, seed=seed).build(
-            all_kept(), nobody(), retrieved_share=0.5, irrelevant_share=0.2
+            all_kept(), nobody(), retrieved_share=0.5, irrelevant_share=0.2, abstention_share=ABSTENTIONS
         )
         return [row.id for row in rows]
 
@@ -351,7 +359,11 @@ def test_counts_add_up_for_any_mix(mix, retrieved, irrelevant, per_question, spa
     assert all(rejection.reason and rejection.detail for rejection in [*rejected, *surplus])
     assert max(Counter(item.question.id for item in kept).values(), default=0) <= per_question
     rows, counts = builder(retrieve, rationale_in_target=in_target).build(
-        kept, nobody()[:spare], retrieved_share=retrieved, irrelevant_share=irrelevant
+        kept,
+        nobody()[:spare],
+        retrieved_share=retrieved,
+        irrelevant_share=irrelevant,
+        abstention_share=ABSTENTIONS,
     )
     check_rows(rows, counts, kept)
     assert counts["unanswerable_rows"] + counts["unanswerable_left_out"] == spare
