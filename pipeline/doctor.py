@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from domains.errors import PreceptorError
 from domains.records import Message
 from pipeline.run_folder import Run
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "llama-cpp-python", "langchain-core", "chromadb", "openai")  # fmt: skip
+NEEDED = ("llama-cpp-python", "langchain-core", "chromadb", "openai")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", *NEEDED)
+_INSTALL = "make setup (in the project's folder), or pip install 'preceptor[train]'"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ def _guarded(what: str, check: Callable[[], str]) -> Finding:
         return Finding(what, check())
     except PreceptorError as error:
         return Finding(what, str(error), ok=False)
+    except Exception as error:  # a library that is broken or missing: that is what the doctor is called for
+        return Finding(what, f"{type(error).__name__}: {error}\nNext: {_INSTALL}", ok=False)
 
 
 def _machine(runs: Path) -> list[Finding]:
@@ -78,23 +83,16 @@ def _packages() -> list[Finding]:
         try:
             findings.append(Finding(name, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
-            needed = name in {"llama-cpp-python", "langchain-core", "chromadb", "openai"}
-            findings.append(
-                Finding(
-                    name,
-                    "not installed" if needed else "not installed: this machine can serve, not train",
-                    not needed,
-                )
-            )
+            if name in NEEDED:
+                findings.append(Finding(name, f"not installed\nNext: {_INSTALL}", ok=False))
+            else:
+                findings.append(Finding(name, "not installed: this machine can serve, not train"))
     findings.append(Finding("installed size", f"{_installed_bytes() / 1e9:.2f} GB in {_site_packages()}"))
     return findings
 
 
 def _site_packages() -> Path:
-    spec = importlib.util.find_spec("numpy")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent.parent
+    return Path(sysconfig.get_paths()["purelib"])
 
 
 def _installed_bytes() -> int:
@@ -135,8 +133,11 @@ def _runs(runs: Path) -> list[Finding]:
     for file in sorted(runs.glob("*/*/run.json")):
         if file.parent.is_symlink():
             continue
-        run = Run(file.parent)
-        times = ", ".join(f"{name} {entry.seconds:.0f} s" for name, entry in run.finished().items())
-        size = sum(path.lstat().st_size for path in file.parent.rglob("*") if path.is_file())
-        findings.append(Finding(f"run {file.parent.relative_to(runs)}", f"{times}; {size / 1e6:.0f} MB"))
+        findings.append(_guarded(f"run {file.parent.relative_to(runs)}", partial(_run, file.parent)))
     return findings
+
+
+def _run(folder: Path) -> str:
+    times = ", ".join(f"{name} {entry.seconds:.0f} s" for name, entry in Run(folder).finished().items())
+    size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    return f"{times or 'nothing finished'}; {size / 1e6:.0f} MB"

@@ -7,6 +7,7 @@ a run on 2 cores of a server CPU (docs/results.md).
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from serve.models import SMOLLM2, cache_folder
 
 # Seconds per unit on 2 cores with the default model; the unit is what `_work` counts.
 MEASURED = {"index": 0.0006, "elicit": 0.6, "curate": 0.05, "train": 1.9, "export": 45.0, "exam": 0.8}
+# Fewer units than these say little about the speed: a stage's start-up would count.
+ENOUGH = {"index": 50_000, "elicit": 50, "curate": 50, "train": 50, "export": 1, "exam": 100}
 # Billions of parameters, for sizes; an unknown base counts as 1.
 BILLIONS = {
     SMOLLM2: 0.135,
@@ -61,12 +64,32 @@ def estimate(domain: Domain) -> Estimate:
 
 
 def learn(domain: Domain, stage: str, entry: Finished) -> None:
-    """Keep this machine's own speed of a stage for later estimates."""
+    """Keep this machine's own speed of a stage for later estimates.
+
+    Not where a part of the work was found done, or where a service did it: that says nothing about speed.
+    """
     units = _work(domain)[stage]
-    if domain.config.student.base != SMOLLM2 or units <= 0 or entry.seconds < 1:
+    if domain.config.student.base != SMOLLM2 or units < ENOUGH[stage] or not _all_own(stage, entry):
         return
     rates = {**_own_rates(), stage: entry.seconds / units}
-    write_text_atomic(_rates_file(), json.dumps(rates, indent=1) + "\n")
+    # A run must not fail at its end because a cache can't be written.
+    with suppress(OSError):
+        write_text_atomic(_rates_file(), json.dumps(rates, indent=1) + "\n")
+
+
+def _all_own(stage: str, entry: Finished) -> bool:
+    """Whether this call of the stage did all the work itself."""
+    counts, facts = entry.counts, entry.facts
+    if stage == "index":
+        return counts.get("embedded", 0) == counts.get("passages", 0)
+    if stage == "elicit":
+        return not counts.get("cached") and facts.get("teacher", SMOLLM2) == SMOLLM2
+    if stage == "train":  # tokens and their speed are those of the whole training, seconds those of this call
+        rate = facts.get("tokens_per_s")
+        return not rate or facts.get("tokens", 0) / rate <= entry.seconds
+    if stage == "exam":
+        return bool(facts.get("answering_s", 0.0) <= entry.seconds)
+    return True
 
 
 def _work(domain: Domain) -> dict[str, float]:

@@ -190,6 +190,13 @@ def _stage_report(report: dict[str, Any]) -> Report:
         facts={
             "verdict_code": report["verdict_code"],
             "score": {arm: metrics["score"]["mean"] for arm, metrics in report["arms"].items()},
+            "answering_s": round(
+                sum(
+                    metrics.get("seconds_per_question", {}).get("mean", 0.0) * (asked - too_long[arm])
+                    for arm, metrics in report["arms"].items()
+                ),
+                1,
+            ),
         },
     )
 

@@ -38,8 +38,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
     progress.start("reading documents", 0)
     loaded = load_documents(domain.documents)
     _tell_skipped(loaded, progress)
-    # The only embedder so far; an unknown name does not get past the configuration's validation.
-    embedder = {"minilm": MiniLMEmbedder}[domain.config.index.embedder]()
+    embedder = MiniLMEmbedder()
     with disk_errors(run.index):
         report = update_index(
             run.index,

@@ -52,6 +52,10 @@ def new_domain(
     """
     check_name(name)
     check_new(into)
+    if docs is not None and not docs.exists():
+        raise DataError(
+            f"{str(docs)!r} does not exist", expected="a folder with documents", next_step="check the path"
+        )
     note, lines = "", ""
     if questions is not None:
         given = read_jsonl(questions, Question)
@@ -63,10 +67,6 @@ def new_domain(
         note, lines = STARTER_NOTE, to_lines(starter_questions(load_documents(docs).documents))
     else:
         note = _NO_DOCUMENTS_NOTE
-    if docs is not None and not docs.exists():
-        raise DataError(
-            f"{str(docs)!r} does not exist", expected="a folder with documents", next_step="check the path"
-        )
     files = domain_files(
         name,
         documents=_reference(docs, into) if docs is not None else "documents",

@@ -32,6 +32,12 @@ class Stage:
     code: tuple[str, ...]
 
 
+# What finding passages consists of. How they are cut and stored counts in the index stage; others see that by
+# the content of index.json.
+RETRIEVAL = (
+    "rag.retrieve", "rag.fuse", "rag.index", "rag.lexical", "rag.embed", "rag.bert", "rag.blas", "rag.words",
+)  # fmt: skip
+
 STAGES = (
     Stage(
         name="index",
@@ -54,7 +60,8 @@ STAGES = (
         prompts=("teacher",),
         code=(
             "pipeline.elicit", "pipeline.asking", "pipeline.ledger", "pipeline.teacher", "pipeline.teacher_endpoint",
-            "pipeline.teacher_local", "pipeline.teacher_passages", "pipeline.teacher_prompt", "rag.prompt", "rag.answers",
+            "pipeline.teacher_local", "pipeline.teacher_passages", "pipeline.teacher_prompt", "serve.engine",
+            "domains.words", "rag.prompt", "rag.answers", *RETRIEVAL,
         ),
     ),
     Stage(
@@ -66,8 +73,8 @@ STAGES = (
         prompts=("system",),
         code=(
             "pipeline.curate", "pipeline.judge", "pipeline.verify", "pipeline.rows", "pipeline.decontaminate",
-            "pipeline.near_duplicates", "pipeline.wording", "domains.words", "rag.words", "rag.citations",
-            "rag.prompt", "rag.answers",
+            "pipeline.near_duplicates", "pipeline.wording", "domains.words", "domains.checks", "rag.citations",
+            "rag.prompt", "rag.answers", *RETRIEVAL,
         ),
     ),
     Stage(
@@ -77,19 +84,24 @@ STAGES = (
         writes=("adapter",),
         sections=("student", "train"),
         prompts=(),
-        code=("pipeline.train", "pipeline.packing", "pipeline.student", "rag.prompt"),
+        code=(
+            "pipeline.train", "pipeline.training_loop", "pipeline.checkpoint", "pipeline.packing", "pipeline.qlora",
+            "pipeline.student", "pipeline.unpack", "rag.prompt",
+        ),
     ),
     Stage(
         name="export",
         summary="merge -> GGUF -> quantize -> parity gate",
         reads=("adapter", "examples", "index", "questions"),
-        writes=("served", "manifest"),
+        writes=("merged", "served", "manifest"),
         sections=("domain", "student", "retrieve", "export", "parity", "serve"),
         prompts=("system",),
         code=(
             "pipeline.export", "pipeline.student_files", "pipeline.replays", "pipeline.merge", "pipeline.qlora",
             "pipeline.student", "pipeline.gguf_writer", "pipeline.gguf_vocabulary", "pipeline.imatrix",
-            "pipeline.quantize", "pipeline.bundle", "pipeline.parity", "rag.prompt", "rag.answers",
+            "pipeline.quantize", "pipeline.bundle", "pipeline.parity", "pipeline.rows", "pipeline.verify",
+            "pipeline.wording", "pipeline.unpack", "serve.engine", "domains.words", "domains.checks",
+            "rag.citations", "rag.prompt", "rag.answers", *RETRIEVAL,
         ),
     ),
     Stage(
@@ -97,12 +109,12 @@ STAGES = (
         summary="five arms on the held-out documents",
         reads=("questions", "index", "served"),
         writes=("report",),
-        sections=("domain", "student", "retrieve", "exam", "serve"),
+        sections=("domain", "student", "retrieve", "exam"),
         prompts=("system",),
         code=(
             "pipeline.exam", "pipeline.arms", "pipeline.metrics", "pipeline.bootstrap", "pipeline.summary",
             "pipeline.verdict", "pipeline.report", "pipeline.plots", "pipeline.base_gguf", "serve.assistant",
-            "serve.engine", "rag.citations", "rag.prompt", "rag.answers",
+            "serve.engine", "domains.words", "rag.citations", "rag.prompt", "rag.answers", *RETRIEVAL,
         ),
     ),
 )  # fmt: skip
@@ -121,6 +133,7 @@ def paths_of(what: str, domain: Domain, run: Run) -> list[Path]:
         "examples": [run.examples],
         "rejections": [run.rejections],
         "adapter": [run.training / "adapter"],
+        "merged": [run.export / "student-F16.gguf"],
         "served": [run.bundle / "student.gguf"],
         "manifest": [run.bundle / "manifest.json"],
         "report": [run.bundle / "report.json", run.bundle / "report.html"],

@@ -111,7 +111,7 @@ def open_index(folder: Path, *, embedder: Embedder) -> Index:
             f"the index in {str(folder)!r} was built with embedder {manifest.embedder!r}"
             f" ({manifest.dimensions} dimensions)",
             expected=f"embedder {embedder.name!r} ({embedder.dimensions} dimensions), as configured",
-            next_step=f"{REBUILD}   (rebuilds it), or name the other embedder in [index]",
+            next_step=f"{REBUILD}   (rebuilds it)",
         )
     try:
         return _open(folder, manifest, embedder)

@@ -18,7 +18,7 @@ from serve.assistant import Assistant
 from serve.engine import Engine
 from serve.gguf_check import check_gguf
 from serve.manifest import MANIFEST, Manifest, read_manifest
-from serve.models import SMOLLM2, inference_gguf
+from serve.models import SMOLLM2, inference_gguf, sha256_file
 
 STUDENT = "student.gguf"
 
@@ -61,6 +61,7 @@ def find_bundle(target: str, runs: Path, *, base: bool = False) -> Path:
 
     Raises:
         DataError: there is none yet.
+        ConfigError: ``target`` is neither a bundle nor a domain.
     """
     wanted = "index/index.json" if base else MANIFEST
     if (Path(target).expanduser() / wanted).is_file():
@@ -73,6 +74,14 @@ def find_bundle(target: str, runs: Path, *, base: bool = False) -> Path:
     if found:
         newest = max(found, key=lambda path: (path.stat().st_mtime_ns, str(path)))
         return newest.parent.parent if base else newest.parent
+    if runs.is_file():
+        raise DataError(
+            f"{str(runs)!r} is a file",
+            expected="the folder where runs lie",
+            next_step="choose another with --runs DIR",
+        )
+    if not (runs / domain).is_dir():
+        find_domain(target)  # neither a run nor a domain: names the neighbours
     raise DataError(
         f"no {'index' if base else 'finished run'} of {domain!r} in {str(runs)!r}",
         expected="the path of a bundle, or a domain that was run",
@@ -169,7 +178,10 @@ def _open(
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
-    """Every file of the manifest is there in its size. Hashing gigabytes at each start would take minutes."""
+    """Every file of the manifest is there in its size, and the student byte for byte.
+
+    Hashing takes about 0.7 s per GB where the CPU has SHA instructions; the other formats are not opened.
+    """
     problems = []
     if STUDENT not in manifest.files:
         problems.append(f"{STUDENT}: not in the manifest")
@@ -181,6 +193,8 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             problems.append(f"{name}: missing")
         elif path.stat().st_size != entry.size_bytes:
             problems.append(f"{name}: {path.stat().st_size} bytes instead of {entry.size_bytes}")
+        elif name == STUDENT and sha256_file(path) != entry.sha256:
+            problems.append(f"{name}: its bytes changed (sha256)")
     if problems:
         raise DataError(
             f"the bundle {str(folder)!r} is damaged: {'; '.join(problems)}",

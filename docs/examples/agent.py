@@ -1,8 +1,8 @@
 """A LangChain agent that looks things up in a Preceptor index before it answers.
 
-    pip install "preceptor[langchain]" langchain-openai
+    pip install langchain-openai
     preceptor index medical
-    python docs/examples/agent.py runs/medical/latest/bundle/index openai:gpt-4o-mini "How is gout treated?"
+    python docs/examples/agent.py runs/medical/quick/bundle/index openai:gpt-4o-mini "How is gout treated?"
 
 The model is any that LangChain knows by name and that can call tools; each provider has a package of its own.
 """

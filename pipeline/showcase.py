@@ -1,0 +1,40 @@
+"""Answers worth showing: the first one of a run, and a cited one from its exam."""
+
+from __future__ import annotations
+
+from domains.domain import Domain
+from domains.records import Answer
+from pipeline.run_folder import Run
+from serve.models import SMOLLM2
+
+ASKED = 4
+
+
+def first_answer(domain: Domain, run: Run) -> Answer | None:
+    """The untrained student's answer to one of the first open seed questions; a cited one if there is any.
+
+    None where the domain has no such question, or a base of which there is no GGUF file yet.
+    """
+    from serve.bundle import open_base
+
+    if domain.questions is None or domain.config.student.base != SMOLLM2:
+        return None
+    questions = [item for item in domain.read_questions() if item.kind == "open" and item.split == "seed"]
+    if not questions:
+        return None
+    with open_base(domain, run.index, parallel=ASKED) as bundle:
+        asked = [bundle.assistant.prepare(item.question) for item in questions[:ASKED]]
+        answers = bundle.assistant.ask_many(asked)
+    return next((answer for answer in answers if answer.citations), answers[0])
+
+
+def cited_sample(run: Run) -> Answer | None:
+    """The first answer of the exported student in the exam that rests on a checked quote of its own."""
+    from domains.jsonl import read_jsonl
+    from pipeline.arms import Row
+
+    path = run.exam / "exported_rag.jsonl"
+    rows = read_jsonl(path, Row) if path.exists() else []
+    answers = [row.answer for row in rows if row.answer is not None and row.answer.support == "supported"]
+    own = [answer for answer in answers if answer.citations[0].by == "model"]
+    return next(iter(own or answers), None)
