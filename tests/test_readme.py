@@ -25,6 +25,8 @@ def role(path: Path) -> str:
     """First line of a module's docstring, or of a text file's comment."""
     if path.suffix == ".py":
         doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        if not doc and path.name.startswith("test_"):
+            return f"tests of {path.stem.removeprefix('test_').replace('_', ' ')}"
         first = doc.split("\n\n")[0].replace("\n", " ")
         return re.split(r"(?<=\.)\s", first)[0].rstrip(".:;")
     return FIXED[path.relative_to(ROOT).as_posix()]
