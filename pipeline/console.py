@@ -43,7 +43,8 @@ class ConsoleProgress:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bars.stop()
+        if self.console.is_terminal:  # else rich would print an empty line
+            self._bars.stop()
 
     def start(self, what: str, total: int) -> None:
         """A new bar replaces the last one."""
