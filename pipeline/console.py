@@ -67,4 +67,5 @@ class ConsoleProgress:
 
     def say(self, text: str) -> None:
         """One line above the bar."""
-        self.console.print(f"  {text}", highlight=False, markup=False)
+        # No line breaks of our own: what is said may hold a command to copy.
+        self.console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)

@@ -28,7 +28,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
     """Bring the run's index up to date with the domain's documents.
 
     Raises:
-        DataError: there are no documents, or two have one id.
+        DataError: there are no documents.
         ModelError: the embedder's weights are missing or damaged.
         RunLocked: another process writes the index.
     """

@@ -91,7 +91,8 @@ def _need_inputs(stage: Stage, domain: Domain, run: Run) -> None:
             raise StageError(
                 f"{stage.name} needs {missing[0]}, which does not exist yet",
                 expected=f"the {writers[what]} stage done",
-                next_step=f"preceptor {writers[what]} {domain.name}",
+                next_step=f"preceptor {writers[what]} {as_argument(domain)}   "
+                "(with the same --profile, --run and --runs, if any)",
             )
         raise StageError(
             f"{stage.name} needs {str(missing[0])!r}, which does not exist",

@@ -37,8 +37,10 @@ def load_documents(path: Path) -> Loaded:
     A document's id is its path below the folder without the suffix, ``/`` written ``--``; ``source``
     is that path (with the line in a JSONL file). Nothing outside the folder is read.
 
+    Where two have one id (``a.docx`` and ``a.pdf``) or one text, the first is taken.
+
     Raises:
-        DataError: the path does not exist, nothing in it is a document, or two have one id.
+        DataError: the path does not exist, or nothing in it is a document.
     """
     if not path.exists():
         raise DataError(
@@ -53,8 +55,7 @@ def load_documents(path: Path) -> Loaded:
             skipped.append(item)
             continue
         _read_file(source, item, documents, skipped)
-    _check_ids(documents)
-    documents = _without_copies(documents, skipped)
+    documents = _without_copies(_with_own_id(documents, skipped), skipped)
     if not documents:
         shown = "".join(f"\n  - {entry.source}: {entry.reason}" for entry in skipped[:10])
         raise DataError(
@@ -136,16 +137,17 @@ def _document(source: str, place: str, draft: Draft) -> Document:
     )
 
 
-def _check_ids(documents: list[Document]) -> None:
-    seen: dict[str, str] = {}
+def _with_own_id(documents: list[Document], skipped: list[Skipped]) -> list[Document]:
+    first: dict[str, str] = {}
+    kept = []
     for document in documents:
-        if document.doc_id in seen:
-            raise DataError(
-                f"two documents have the id {document.doc_id!r}: {seen[document.doc_id]} and {document.source}",
-                expected="one document per id (the path without its suffix)",
-                next_step="rename or remove one of them",
-            )
-        seen[document.doc_id] = document.source
+        if document.doc_id in first:
+            reason = f"the same id, {document.doc_id!r}, as {first[document.doc_id]}: rename one if both count"
+            skipped.append(Skipped(document.source, reason))
+        else:
+            first[document.doc_id] = document.source
+            kept.append(document)
+    return kept
 
 
 def _without_copies(documents: list[Document], skipped: list[Skipped]) -> list[Document]:
