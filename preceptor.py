@@ -65,6 +65,15 @@ Target = Annotated[
 ]
 
 
+def _not_empty(text: str) -> str:
+    if not text.strip():
+        raise typer.BadParameter("the question is empty")
+    return text
+
+
+QuestionText = Annotated[str, typer.Argument(help="The question, in quotes.", callback=_not_empty)]
+
+
 def main() -> None:
     """Run the command line; errors meant for people are printed without a traceback."""
     try:
@@ -306,7 +315,7 @@ def run(
 @app.command(epilog='Example: `preceptor ask medical "What is metformin used for?"`')
 def ask(
     target: Target,
-    question: Annotated[str, typer.Argument(help="The question, in quotes.")],
+    question: QuestionText,
     base: Base = False,
     runs: Runs = Path("runs"),
     as_json: AsJson = False,
@@ -324,7 +333,7 @@ def ask(
 @app.command(epilog='Example: `preceptor why medical "What is metformin used for?"`')
 def why(
     target: Target,
-    question: Annotated[str, typer.Argument(help="The question, in quotes.")],
+    question: QuestionText,
     base: Base = False,
     runs: Runs = Path("runs"),
     as_json: AsJson = False,
@@ -382,7 +391,10 @@ def serve(
                 f'Python: OpenAI(base_url="{url}/v1", api_key=TOKEN)', highlight=False, markup=False
             )
 
-        serve_bundle(bundle, port=chosen, token=token, on_ready=on_ready)
+        try:
+            serve_bundle(bundle, port=chosen, token=token, on_ready=on_ready)
+        except KeyboardInterrupt:  # how a service is meant to end
+            console.print("\nStopped.")
 
 
 # -- looking -----------------------------------------------------------------------------------------
@@ -490,7 +502,8 @@ def _print_estimate(domain: Domain, folder: Run) -> None:
     check_space(folder.folder, int(cost.disk_bytes))
     title = escape(domain.config.domain.title)
     console.print(f"[bold]{title}[/] -> {escape(str(folder.folder))}", highlight=False, soft_wrap=True)
-    console.print(f"  {domain.config.domain.description}", highlight=False, markup=False)
+    if domain.config.domain.description:
+        console.print(f"  {domain.config.domain.description}", highlight=False, markup=False)
     parts = ", ".join(f"{stage} {seconds / 60:.1f}" for stage, seconds in cost.seconds.items())
     source = "this machine's earlier runs" if cost.own_rates else "a 2-core server CPU"
     console.print(

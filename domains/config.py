@@ -38,14 +38,14 @@ class CorpusSection(Record):
 class IndexSection(Record):
     """How documents become passages; lengths in characters."""
 
-    passage_chars: Annotated[int, Field(ge=200, le=8000)] = 700
+    passage_chars: Annotated[int, Field(ge=200, le=8000)] = 400
     overlap_chars: Annotated[int, Field(ge=0, le=2000)] = 0
 
 
 class RetrieveSection(Record):
     """Hybrid retrieval: reciprocal rank fusion (Cormack et al. 2009, k=60) of dense and lexical lists."""
 
-    top_k: Count = 2
+    top_k: Count = 3
     candidates: Count = 50
     rrf_k: Count = 60
     lexical_weight: Annotated[float, Field(ge=0)] = 1.0

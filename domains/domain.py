@@ -39,6 +39,15 @@ class Domain:
         """The questions' JSONL file, or None where the domain has none."""
         return self._resolve(self.config.corpus.questions) if self.config.corpus.questions else None
 
+    @property
+    def argument(self) -> str:
+        """How a command line names the domain from here: its name where that finds it, else its path."""
+        try:
+            found: Path | None = find_domain(self.name)
+        except ConfigError:
+            found = None
+        return self.name if found == self.folder else str(self.folder)
+
     def read_questions(self) -> list[Question]:
         """All seed and exam questions, in the file's order.
 

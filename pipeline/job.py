@@ -91,7 +91,7 @@ def _need_inputs(stage: Stage, domain: Domain, run: Run) -> None:
             raise StageError(
                 f"{stage.name} needs {missing[0]}, which does not exist yet",
                 expected=f"the {writers[what]} stage done",
-                next_step=f"preceptor {writers[what]} {as_argument(domain)}   "
+                next_step=f"preceptor {writers[what]} {domain.argument}   "
                 "(with the same --profile, --run and --runs, if any)",
             )
         raise StageError(

@@ -142,7 +142,9 @@ def _with_own_id(documents: list[Document], skipped: list[Skipped]) -> list[Docu
     kept = []
     for document in documents:
         if document.doc_id in first:
-            reason = f"the same id, {document.doc_id!r}, as {first[document.doc_id]}: rename one if both count"
+            reason = (
+                f"the same id, {document.doc_id!r}, as {first[document.doc_id]}: rename one if both count"
+            )
             skipped.append(Skipped(document.source, reason))
         else:
             first[document.doc_id] = document.source

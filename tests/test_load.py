@@ -257,11 +257,15 @@ def test_links_that_leave_the_folder_are_not_followed(tmp_path: Path) -> None:
     }
 
 
-def test_two_documents_of_one_id_are_an_error_that_names_both(tmp_path: Path) -> None:
+def test_of_two_documents_of_one_id_the_first_is_taken_and_the_other_named(tmp_path: Path) -> None:
     write(tmp_path, "gout.md", "One.")
     write(tmp_path, "gout.txt", "Two.")
-    with pytest.raises(DataError, match=r"'gout': gout\.md and gout\.txt"):
-        load_documents(tmp_path)
+    write(tmp_path, "rest.md", "Three.")
+    loaded = load_documents(tmp_path)
+    assert [document.source for document in loaded.documents] == ["gout.md", "rest.md"]
+    ((source, reason),) = [(entry.source, entry.reason) for entry in loaded.skipped]
+    assert source == "gout.txt"
+    assert reason.startswith("the same id, 'gout', as gout.md")
 
 
 def test_no_documents_is_an_error_with_the_reasons(tmp_path: Path) -> None:
