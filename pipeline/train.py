@@ -117,24 +117,8 @@ def train_student(
     rows, too_long = encode_examples(train_examples, loaded, max_tokens=limit)
     validation, also_too_long = encode_examples(held_out, loaded, max_tokens=limit)
     too_long += also_too_long
-    _check_rows(rows, too_long, limit)
-    if too_long:
-        progress.say(f"{len(too_long)} of {len(chosen)} rows have more than {limit} tokens and are left out")
-    if not validation:
-        progress.say("too few questions to hold any out: there is no validation loss")
-    kept = quantize_nf4(loaded.model)
-    progress.say(
-        "NF4 weights are "
-        + ("read back at every use" if kept else f"read back once and kept as {_name(dtype)} (memory allows)")
-    )
-    adapted = attach_lora(
-        loaded.model,
-        rank=settings.rank,
-        alpha=settings.alpha,
-        dropout=settings.dropout,
-        seed=settings.seed,
-    )
-    use_packed_attention(loaded.model)
+    _check_rows(rows, validation, too_long, limit, progress)
+    adapted = _prepare(loaded, settings, progress)
     trainer = Trainer(
         adapted,
         loaded.model,
@@ -193,7 +177,9 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_rows(rows: Sequence[Row], too_long: Sequence[str], limit: int) -> None:
+def _check_rows(
+    rows: Sequence[Row], validation: Sequence[Row], too_long: Sequence[str], limit: int, progress: Progress
+) -> None:
     if not rows:
         raise StageError(
             f"all {len(too_long)} rows have more than {limit} tokens (first: {too_long[0]!r})",
@@ -206,6 +192,29 @@ def _check_rows(rows: Sequence[Row], too_long: Sequence[str], limit: int) -> Non
             expected="completions to learn from",
             next_step="preceptor curate DOMAIN --force",
         )
+    if too_long:
+        progress.say(f"{len(too_long)} rows have more than {limit} tokens and are left out")
+    if not validation:
+        progress.say("too few questions to hold any out: there is no validation loss")
+
+
+def _prepare(base: Base, settings: Settings, progress: Progress) -> Any:
+    """The PEFT model over the NF4 base, attending within rows."""
+    kept = quantize_nf4(base.model)
+    how = (
+        "read back at every use"
+        if kept
+        else f"read back once, kept as {_name(base.model.dtype)} (memory allows)"
+    )
+    progress.say(f"NF4 weights are {how}")
+    use_packed_attention(base.model)
+    return attach_lora(
+        base.model,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        dropout=settings.dropout,
+        seed=settings.seed,
+    )
 
 
 def _fingerprint(rows: Sequence[Row], validation: Sequence[Row], settings: Settings, base: Base) -> str:

@@ -171,7 +171,7 @@ def test_another_base_or_a_tiny_run_teaches_nothing(quick: Domain, full: Domain)
 @pytest.mark.parametrize("damage", ["{", "[]", "3", '{"train": null}', '{"train": "fast"}'])
 def test_damaged_rates_are_no_rates(quick: Domain, cache: Path, damage: str) -> None:
     before = estimate(quick)
-    cache.mkdir()
+    cache.mkdir(exist_ok=True)
     (cache / "rates.json").write_text(damage)
     assert estimate(quick) == before
     learn(quick, "train", finished(550.0))
