@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from domains.domain import Domain
+from domains.errors import ContextOverflow
 from domains.records import Answer
 from pipeline.run_folder import Run
 from serve.models import SMOLLM2
@@ -22,9 +25,14 @@ def first_answer(domain: Domain, run: Run) -> Answer | None:
     questions = [item for item in domain.read_questions() if item.kind == "open" and item.split == "seed"]
     if not questions:
         return None
+    asked = []
     with open_base(domain, run.index, parallel=ASKED) as bundle:
-        asked = [bundle.assistant.prepare(item.question) for item in questions[:ASKED]]
+        for item in questions[:ASKED]:
+            with suppress(ContextOverflow):  # the exam and training report those that are too long
+                asked.append(bundle.assistant.prepare(item.question))
         answers = bundle.assistant.ask_many(asked)
+    if not answers:
+        return None
     return next((answer for answer in answers if answer.citations), answers[0])
 
 

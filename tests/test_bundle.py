@@ -125,7 +125,7 @@ DAMAGE: list[tuple[Callable[[Path], Any], type[PreceptorError], str]] = [
     ),
     (lambda b: (b / "NOTICE").unlink(), DataError, "NOTICE: missing"),
     (_cut_student, DataError, "student.gguf"),
-    (_other_student, ModelError, "student.gguf"),
+    (_other_student, DataError, "student.gguf"),
     (lambda b: edit_manifest(b, lambda data: data.update(template_sha256="0" * 64)), ModelError, "template"),
     (_empty_prompt, DataError, "system.md"),
     (lambda b: shutil.rmtree(b / "index"), DataError, "index"),

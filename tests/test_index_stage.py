@@ -42,6 +42,8 @@ def test_the_stage_indexes_counts_and_names_what_it_skips(tmp_path: Path) -> Non
     (documents / "two.txt").write_text("Corvane drops. " * 4, encoding="utf-8")
     (documents / "wide.txt").write_text("§ " * 690, encoding="utf-8")
     (documents / "sheet.csv").write_text("a,b", encoding="utf-8")
+    with (folder / "domain.toml").open("a", encoding="utf-8") as file:
+        file.write("\n[index]\npassage_chars = 700\n")
     domain = load_domain(str(folder))
     run, progress = Run(tmp_path / "run"), Counting()
     report = stage.run(domain, run, progress)

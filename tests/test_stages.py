@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -54,7 +55,7 @@ NO_VERSION_IN = {
 CHANGES: dict[str, tuple[str, object]] = {
     "domain": ("abstain", "No idea."),
     "corpus": ("questions", "./questions.jsonl"),  # the same file
-    "index": ("passage_chars", 500),
+    "index": ("overlap_chars", 17),
     "retrieve": ("top_k", 7),
     "teacher": ("temperature", 0.1),
     "elicit": ("samples", 5),
@@ -205,6 +206,20 @@ def test_every_input_is_the_domains_or_written_by_an_earlier_stage() -> None:
     for stage in STAGES:
         assert set(stage.reads) <= there, stage.name
         there |= set(stage.writes)
+
+
+def test_what_a_stage_needs_of_another_is_among_its_outputs(domain: Domain, run: Run) -> None:
+    """Else the advice "run that stage" would be answered by "done before"."""
+    needed = []
+    for name in NAMES:
+        text = (Path(__file__).parent.parent / "pipeline" / f"{name}.py").read_text(encoding="utf-8")
+        for expression, writer in re.findall(r"\bneed\((run\.[^,]+), stage=\"(\w+)\"\)", text):
+            attribute, _, file = expression.removeprefix("run.").partition(" / ")
+            needed.append((getattr(run, attribute) / file.strip('"'), writer))
+    assert len(needed) >= 8
+    for path, writer in needed:
+        written = [each for what in BY_NAME[writer].writes for each in paths_of(what, domain, run)]
+        assert any(each == path or path in each.parents for each in written), path
 
 
 # -- the table against the code ----------------------------------------------------------------------
