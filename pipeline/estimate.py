@@ -17,7 +17,7 @@ from pipeline.run_folder import Finished
 from serve.models import SMOLLM2, cache_folder
 
 # Seconds per unit on 2 cores with the default model; the unit is what `_work` counts.
-MEASURED = {"index": 0.0006, "elicit": 0.6, "curate": 0.05, "train": 1.9, "export": 45.0, "exam": 0.8}
+MEASURED = {"index": 6.5e-5, "elicit": 1.0, "curate": 0.01, "train": 1.1, "export": 47.0, "exam": 0.7}
 # Fewer units than these say little about the speed: a stage's start-up would count.
 ENOUGH = {"index": 50_000, "elicit": 50, "curate": 50, "train": 50, "export": 1, "exam": 100}
 # Billions of parameters, for sizes; an unknown base counts as 1.
@@ -58,7 +58,7 @@ def estimate(domain: Domain) -> Estimate:
     return Estimate(
         seconds={stage: rates[stage] * units * scale[stage] for stage, units in work.items()},
         disk_bytes=weights * (files + 4) + _corpus_bytes(domain) * 12 + 30e6,
-        memory_bytes=1.3e9 + weights * 13,
+        memory_bytes=2.2e9 + weights * 13,
         own_rates=bool(_own_rates()),
     )
 

@@ -37,12 +37,13 @@ def first_answer(domain: Domain, run: Run) -> Answer | None:
 
 
 def cited_sample(run: Run) -> Answer | None:
-    """The first answer of the exported student in the exam that rests on a checked quote of its own."""
+    """The exported student's first answer to an open exam question that rests on a checked quote of its own."""
     from domains.jsonl import read_jsonl
     from pipeline.arms import Row
 
     path = run.exam / "exported_rag.jsonl"
     rows = read_jsonl(path, Row) if path.exists() else []
     answers = [row.answer for row in rows if row.answer is not None and row.answer.support == "supported"]
-    own = [answer for answer in answers if answer.citations[0].by == "model"]
+    open_ones = [answer for answer in answers if "\n" not in answer.question]
+    own = [answer for answer in open_ones if answer.citations[0].by == "model"]
     return next(iter(own or answers), None)
