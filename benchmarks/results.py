@@ -57,6 +57,11 @@ def section(run: Path) -> str:
         f"| {name} | {row['seconds']} | {', '.join(f'{k} {v}' for k, v in row['counts'].items())} |"
         for name, row in stages.items()
     ]
+    facts = stages["train"]["facts"]
+    lines.append(
+        f"\nTraining: {facts['tokens_per_s']} tokens/s, validation loss {facts['validation_before']:.3f} before and "
+        f"{facts['validation_after']:.3f} after, {facts['peak_rss_mb']} MB at the peak."
+    )
     sizes = sorted((run / "bundle").glob("*.gguf"))
     lines += [
         "",
