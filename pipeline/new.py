@@ -16,6 +16,7 @@ from domains.domain import SHIPPED
 from domains.errors import ConfigError, DataError
 from domains.jsonl import read_jsonl, write_text_atomic
 from domains.records import Question
+from rag.load import Loaded, load_documents
 
 TEMPLATE = SHIPPED / "template"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{1,48}")
@@ -62,9 +63,9 @@ def new_domain(
         note, lines = f"`questions.jsonl` is a copy of `{questions.name}`.", to_lines(given)
     elif docs is not None:
         from pipeline.starter_questions import starter_questions
-        from rag.load import load_documents
 
-        note, lines = STARTER_NOTE, to_lines(starter_questions(load_documents(docs).documents))
+        loaded = load_documents(docs)
+        note, lines = STARTER_NOTE + _skipped_note(loaded), to_lines(starter_questions(loaded.documents))
     else:
         note = _NO_DOCUMENTS_NOTE
     files = domain_files(
@@ -78,6 +79,14 @@ def new_domain(
     if lines:
         files["questions.jsonl"] = lines
     return write_folder(into, files)
+
+
+def _skipped_note(loaded: Loaded) -> str:
+    """The files that could not be read, by name, for the domain's README."""
+    if not loaded.skipped:
+        return ""
+    lines = [f"- `{entry.source}`: {entry.reason}" for entry in loaded.skipped]
+    return f"\n\n{len(lines)} files were not read:\n\n" + "\n".join(lines)
 
 
 def check_name(name: str) -> None:

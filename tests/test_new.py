@@ -191,3 +191,11 @@ def test_the_example_check_works_and_the_template_is_no_domain(docs, tmp_path):
     assert set(load_checks(folder, ["checks:no_promises"])) == {"checks:no_promises"}
     assert TEMPLATE.is_dir()
     assert "template" not in available_domains()
+
+
+def test_files_that_were_not_read_are_named_in_the_readme(docs, tmp_path):
+    (docs / "empty.md").write_text("", encoding="utf-8")
+    folder = new_domain("shelf", docs, into=tmp_path / "shelf")
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert "1 files were not read" in readme
+    assert "empty.md" in readme
