@@ -63,7 +63,7 @@ def inference_gguf(name_or_path: str) -> Path:
     """A GGUF file ready for llama.cpp: a path, or ``smollm2-135m``.
 
     The packaged Q4_1 file has no fast prompt kernels on CPUs; it is re-encoded once to Q8_0 (practically
-    lossless, twice as fast on prompts; docs/results.md) and kept in the cache.
+    lossless) and kept in the cache.
 
     Raises:
         ModelError: missing or damaged file, or an unknown name.
