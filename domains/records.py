@@ -112,13 +112,42 @@ class Rationale(Record):
     request: str
 
 
+class Segment(Record):
+    """One sentence of a reflected answer with Self-RAG's judgements (arXiv 2310.11511 §3).
+
+    ``decision`` is the Retrieve token that opens it. A passage goes with ``retrieve``, and only with it;
+    ``relevant`` with a passage; ``support`` with a relevant one.
+    """
+
+    decision: Literal["retrieve", "no_retrieval", "continue"]
+    passage: Passage | None = None
+    relevant: bool | None = None
+    text: str
+    support: Literal["full", "partial", "none"] | None = None
+
+    @model_validator(mode="after")
+    def _judgements_fit(self) -> Self:
+        if (self.passage is not None) != (self.decision == "retrieve"):
+            raise ValueError("a passage goes with decision 'retrieve', and only with it")
+        if (self.relevant is not None) != (self.passage is not None):
+            raise ValueError("'relevant' goes with a passage, and only with it")
+        if (self.support is not None) != bool(self.relevant):
+            raise ValueError("'support' goes with a relevant passage, and only with it")
+        return self
+
+
 class Example(Record):
-    """One training row: a prompt (chat messages) and the completion that is supervised."""
+    """One training row: a prompt (chat messages) and the completion that is supervised.
+
+    ``unsupervised`` are character ranges [start, end) of the completion that stay out of the loss: the
+    passages inside a reflected answer.
+    """
 
     id: str
     question_id: str
     messages: list[Message]
     completion: str = Field(min_length=1)
+    unsupervised: list[tuple[int, int]] = []
     passages: list[str]
     origin: Literal["gold", "retrieved", "irrelevant", "unanswerable"]
     request: str

@@ -29,7 +29,15 @@ from serve.models import sha256_file
 PARALLEL = 8
 CHUNK = 2 * PARALLEL  # what a kill can cost, and how often the bar moves
 DEPTH = 10  # retrieved per question, for recall@10; the assistant shows fewer
-_CODE = ("serve.assistant", "serve.engine", "rag.answers", "rag.citations", "rag.prompt", "rag.words")
+_CODE = (
+    "serve.assistant",
+    "serve.engine",
+    "serve.llama",
+    "rag.answers",
+    "rag.citations",
+    "rag.prompt",
+    "rag.words",
+)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
-"""llama.cpp with continuous batching: many conversations share each forward pass.
+"""Continuous batching over llama.cpp: many conversations share each forward pass.
 
-llama-cpp-python's high-level class runs one sequence at a time; this engine uses the C API directly. One
-thread owns the context. Requests wait in a queue, take a free sequence, and every step decodes one token
+One thread owns the context. Requests wait in a queue, take a free sequence, and every step decodes one token
 of each running sequence together with the next piece of a waiting prompt. A sequence keeps its cache
 after it is done: a new prompt that begins alike (the system prompt, a conversation) skips what is shared.
 """
@@ -9,8 +8,6 @@ after it is done: a new prompt that begins alike (the system prompt, a conversat
 from __future__ import annotations
 
 import codecs
-import ctypes
-import os
 import queue
 import threading
 from collections.abc import Callable, Generator, Sequence
@@ -23,11 +20,8 @@ import numpy.typing as npt
 
 from domains.errors import ContextOverflow, ModelError
 from domains.records import Message
-from rag.prompt import render_chat
-from serve.gguf_check import check_gguf
-from serve.llama_log import last_lines, quiet
+from serve.llama import BATCH_TOKENS, Llama
 
-BATCH_TOKENS = 512
 _BREATH_S = 0.25  # a stream that waits gives control back this often, so that it can be closed
 
 
@@ -35,13 +29,30 @@ _BREATH_S = 0.25  # a stream that waits gives control back this often, so that i
 class Completion:
     """What a model wrote. ``finish`` is ``length`` where ``max_tokens`` cut it.
 
-    ``tokens`` are those of ``text``: the end token is not among them.
+    ``tokens`` are those of ``text``: the end token is not among them. ``log_probs`` is asked for by
+    ``watch``, see `Engine.generate`; else None.
     """
 
     text: str
     tokens: list[int]
     prompt_tokens: int
     finish: Literal["stop", "length", "cancelled"]
+    log_probs: LogProbs | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """Natural-log probabilities (softmax over the whole vocabulary, temperature 1) at each decoded position.
+
+    The last position is that of the end token where the reply ended by one.
+
+    Attributes:
+        taken: float32 [positions], of the token that was taken there.
+        watched: float32 [positions, ids], of each watched id there.
+    """
+
+    taken: npt.NDArray[np.float32]
+    watched: npt.NDArray[np.float32]
 
 
 @dataclass
@@ -53,6 +64,8 @@ class _Job:
     temperature: float
     seed: int
     on_done: Callable[[Completion], None] | None
+    watch: tuple[int, ...] | None = None
+    stop: frozenset[int] = frozenset()
     pieces: queue.SimpleQueue[str | Completion | BaseException] = field(default_factory=queue.SimpleQueue)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -69,10 +82,11 @@ class _Slot:
     text: list[str] = field(default_factory=list)
     decoder: codecs.IncrementalDecoder = field(default_factory=codecs.getincrementaldecoder("utf-8"))
     sampler: Any = None
+    log_probs: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
 
 class Engine:
-    """A GGUF model in memory.
+    """A GGUF model that answers many requests at once.
 
     Args:
         gguf: the model file; its header is validated before llama.cpp sees it.
@@ -87,124 +101,56 @@ class Engine:
     def __init__(
         self, gguf: Path, *, context: int = 2048, parallel: int = 4, threads: int | None = None
     ) -> None:
-        self.facts = check_gguf(gguf)
-        # OpenMP threads that spin at barriers cost five times the speed as soon as anything else runs
-        # on the machine (docs/log.md); read by libgomp when llama.cpp is loaded.
-        os.environ.setdefault("GOMP_SPINCOUNT", "0")
-        import llama_cpp
-
-        quiet()
-        self._c = llama_cpp
-        llama_cpp.llama_backend_init()
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = 999 if llama_cpp.llama_supports_gpu_offload() else 0
-        self._model = llama_cpp.llama_model_load_from_file(str(gguf).encode(), params)
-        if not self._model:
-            raise ModelError(
-                f"llama.cpp can't load {gguf}: {last_lines()}",
-                expected="a complete GGUF file of a Llama model",
-                next_step="preceptor doctor",
-            )
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self.path = gguf
-        self.context = min(context, llama_cpp.llama_model_n_ctx_train(self._model))
-        self._ctx = self._new_context(parallel, threads or os.cpu_count() or 1)
-        self._memory = llama_cpp.llama_get_memory(self._ctx)
-        self._batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
+        self._llama = llama = Llama(gguf, context=context, parallel=parallel, threads=threads)
+        self.facts, self.path, self.context = llama.facts, llama.path, llama.context
         self._slots = [_Slot(number) for number in range(parallel)]
         self._waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # held for a step; `logits` takes it between steps
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def _new_context(self, parallel: int, threads: int) -> Any:
-        params = self._c.llama_context_default_params()
-        params.n_ctx = self.context * parallel
-        params.n_batch = params.n_ubatch = BATCH_TOKENS
-        params.n_seq_max = parallel
-        params.n_threads = params.n_threads_batch = threads
-        params.kv_unified = False  # each sequence has its own cells: attention never scans the others'
-        params.no_perf = True
-        context = self._c.llama_init_from_model(self._model, params)
-        if not context:
-            self._c.llama_model_free(self._model)
-            raise ModelError(
-                f"llama.cpp can't make a context of {parallel} x {self.context} tokens: {last_lines()}",
-                expected="enough memory for the key-value cache",
-                next_step="lower [serve] parallel or [student] context in domain.toml",
-            )
-        return context
-
-    # -- text and tokens ---------------------------------------------------------------------------
+    # -- text and tokens: reading the vocabulary needs no lock ----------------------------------------
 
     @property
     def template(self) -> str:
-        """The chat template of the file.
-
-        Raises:
-            ModelError: it has none.
-        """
-        value = self._c.llama_model_chat_template(self._model, None)
-        if not value:
-            raise ModelError(
-                f"{self.path} has no chat template",
-                expected="tokenizer.chat_template in its metadata",
-                next_step="use an instruction-tuned model",
-            )
-        return bytes(value).decode("utf-8")
+        """See `Llama.template`."""
+        return self._llama.template
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, the width of `logits`."""
-        return int(self._c.llama_vocab_n_tokens(self._vocab))
+        return self._llama.vocab_size
 
     @property
     def adds_bos(self) -> bool:
-        """Whether the model wants a begin-of-sequence token before every prompt."""
-        return bool(self._c.llama_vocab_get_add_bos(self._vocab))
+        """See `Llama.adds_bos`."""
+        return self._llama.adds_bos
 
     @property
     def bos(self) -> str:
-        """Text of the begin-of-sequence token, empty where there is none."""
-        return self._token_text(self._c.llama_vocab_bos(self._vocab))
+        """See `Llama.bos`."""
+        return self._llama.bos
 
     @property
     def eos(self) -> str:
-        """Text of the end-of-sequence token, empty where there is none."""
-        return self._token_text(self._c.llama_vocab_eos(self._vocab))
-
-    def _token_text(self, token: int) -> str:
-        return bytes(self._c.llama_vocab_get_text(self._vocab, token)).decode("utf-8") if token >= 0 else ""
+        """See `Llama.eos`."""
+        return self._llama.eos
 
     def render(self, messages: Sequence[Message], *, continue_reply: bool = False) -> str:
-        """The prompt for these messages by the file's own template, see `rag.prompt.render_chat`."""
-        return render_chat(
-            messages,
-            template=self.template,
-            bos=self.bos,
-            eos=self.eos,
-            adds_bos=self.adds_bos,
-            continue_reply=continue_reply,
-        )
+        """See `Llama.render`."""
+        return self._llama.render(messages, continue_reply=continue_reply)
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of a rendered prompt: control tokens are parsed, one BOS where the model wants it."""
-        data = text.encode("utf-8")
-        size = len(data) + 8
-        tokens = (self._c.llama_token * size)()
-        count = self._c.llama_tokenize(self._vocab, data, len(data), tokens, size, self.adds_bos, True)
-        if count < 0:
-            raise ModelError(f"llama.cpp can't tokenize {text[:60]!r} ({count})")
-        return list(tokens[:count])
+    def tokenize(self, text: str, *, begin: bool = True) -> list[int]:
+        """See `Llama.tokenize`."""
+        return self._llama.tokenize(text, begin=begin)
+
+    def token_id(self, text: str) -> int | None:
+        """See `Llama.token_id`."""
+        return self._llama.token_id(text)
 
     def detokenize(self, tokens: Sequence[int]) -> str:
-        """Text of the tokens; control tokens come out empty."""
-        return b"".join(self._piece(token) for token in tokens).decode("utf-8", errors="replace")
-
-    def _piece(self, token: int) -> bytes:
-        buffer = ctypes.create_string_buffer(256)
-        size = self._c.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
-        return buffer.raw[:size] if size > 0 else b""
+        """See `Llama.detokenize`."""
+        return self._llama.detokenize(tokens)
 
     # -- generation --------------------------------------------------------------------------------
 
@@ -235,6 +181,8 @@ class Engine:
         temperature: float = 0.0,
         seed: int = 0,
         on_done: Callable[[int, Completion], None] | None = None,
+        watch: Sequence[int] | None = None,
+        stop: Sequence[int] = (),
     ) -> list[Completion]:
         """Complete all prompts, as many at a time as there are sequences; results in the given order.
 
@@ -244,6 +192,9 @@ class Engine:
             temperature: 0 is greedy.
             seed: prompt ``i`` samples with ``seed + i``.
             on_done: called with index and result as each is done, on the engine's thread.
+            watch: token ids whose log-probabilities are recorded at every position, beside that of the
+                token taken; an empty sequence records the latter alone. Costs one pass over the logits.
+            stop: token ids that end a reply as the end token does (and are not part of it).
 
         Raises:
             ContextOverflow: a prompt and ``max_tokens`` exceed the context (nothing was run).
@@ -251,7 +202,10 @@ class Engine:
         jobs = []
         for index, prompt in enumerate(prompts):
             done = None if on_done is None else (lambda result, index=index: on_done(index, result))
-            jobs.append(self._job(prompt, max_tokens, temperature, seed + index, done))
+            job = self._job(prompt, max_tokens, temperature, seed + index, done)
+            job.watch = None if watch is None else tuple(watch)
+            job.stop = frozenset(stop)
+            jobs.append(job)
         self._submit(*jobs)  # all at once: which prompts share a batch must not depend on the clock
         try:
             return [_result(job) for job in jobs]
@@ -298,7 +252,7 @@ class Engine:
         with self._lock:
             for slot in self._slots:
                 if slot.job is None:
-                    self._c.llama_memory_seq_rm(self._memory, slot.number, -1, -1)
+                    self._llama.forget_from(slot.number)
                     slot.cached = []
 
     def _job(
@@ -355,75 +309,50 @@ class Engine:
         slot = max(free, key=lambda slot: _common(slot.cached, job.prompt))
         # The last prompt token is always decoded again: its logits start the reply.
         keep = min(_common(slot.cached, job.prompt), len(job.prompt) - 1)
-        self._c.llama_memory_seq_rm(self._memory, slot.number, keep, -1)
+        self._llama.forget_from(slot.number, keep)
         slot.cached = slot.cached[:keep]
         slot.pending = job.prompt[keep:]
-        slot.job, slot.out, slot.text = job, [], []
+        slot.job, slot.out, slot.text, slot.log_probs = job, [], [], []
         slot.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        slot.sampler = self._new_sampler(job)
-
-    def _new_sampler(self, job: _Job) -> Any:
-        c = self._c
-        chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
-        if job.temperature <= 0:
-            c.llama_sampler_chain_add(chain, c.llama_sampler_init_greedy())
-        else:
-            c.llama_sampler_chain_add(chain, c.llama_sampler_init_top_p(0.95, 1))
-            c.llama_sampler_chain_add(chain, c.llama_sampler_init_temp(job.temperature))
-            c.llama_sampler_chain_add(chain, c.llama_sampler_init_dist(job.seed & 0xFFFFFFFF))
-        return chain
+        slot.sampler = self._llama.new_sampler(job.temperature, job.seed)
 
     def _step(self) -> None:
         """One forward pass over a batch: every running sequence's next token, then prompt pieces."""
-        self._batch.n_tokens = 0
+        llama = self._llama
+        llama.clear_batch()
         asks: list[tuple[_Slot, int]] = []
         for slot in self._slots:
             if slot.job is not None and slot.job.cancelled.is_set():
                 self._end(slot, "cancelled")
         running = [slot for slot in self._slots if slot.job is not None]
         for slot in sorted(running, key=lambda slot: len(slot.pending)):
-            room = BATCH_TOKENS - self._batch.n_tokens
+            room = BATCH_TOKENS - llama.batch_size
             piece, slot.pending = slot.pending[:room], slot.pending[room:]
             for offset, token in enumerate(piece):
                 last = not slot.pending and offset == len(piece) - 1
+                position = len(slot.cached) + offset
+                row = llama.add(token, position=position, sequence=slot.number, wants_logits=last)
                 if last:
-                    asks.append((slot, self._batch.n_tokens))
-                self._add(token, len(slot.cached) + offset, slot.number, last)
+                    asks.append((slot, row))
             slot.cached += piece
-        if not self._batch.n_tokens:
+        if not llama.batch_size:
             return
-        self._decode()
+        llama.decode()
         for slot, row in asks:
-            self._take(slot, int(self._c.llama_sampler_sample(slot.sampler, self._ctx, row)))
-
-    def _add(self, token: int, position: int, sequence: int, logits: bool) -> None:
-        row = self._batch.n_tokens
-        self._batch.token[row] = token
-        self._batch.pos[row] = position
-        self._batch.n_seq_id[row] = 1
-        self._batch.seq_id[row][0] = sequence
-        self._batch.logits[row] = logits
-        self._batch.n_tokens = row + 1
-
-    def _decode(self) -> None:
-        code = self._c.llama_decode(self._ctx, self._batch)
-        if code != 0:
-            raise ModelError(
-                f"llama.cpp can't decode a batch of {self._batch.n_tokens} tokens (code {code}): "
-                f"{last_lines()}",
-                expected="code 0",
-                next_step="lower [serve] parallel or [student] context in domain.toml",
-            )
+            token = llama.sample(slot.sampler, row)
+            if slot.job is not None and slot.job.watch is not None:
+                slot.log_probs.append(_log_softmax(llama.row(row), (token, *slot.job.watch)))
+            self._take(slot, token)
 
     def _take(self, slot: _Slot, token: int) -> None:
         """Add a sampled token to a sequence's reply; ends it at an end token or its limit."""
         job = slot.job
         assert job is not None
-        if self._c.llama_vocab_is_eog(self._vocab, token):
+        if token in job.stop or self._llama.is_end(token):
             self._end(slot, "stop")
             return
         slot.out.append(token)
-        self._say(slot, slot.decoder.decode(self._piece(token)))
+        self._say(slot, slot.decoder.decode(self._llama.piece(token)))
         if len(slot.out) >= job.max_tokens:
             self._end(slot, "length")
         else:
@@ -438,10 +367,11 @@ class Engine:
     def _end(self, slot: _Slot, finish: Literal["stop", "length", "cancelled"]) -> None:
         self._say(slot, slot.decoder.decode(b"", final=True))
         job, slot.job, slot.pending = slot.job, None, []
-        self._c.llama_sampler_free(slot.sampler)
+        self._llama.free_sampler(slot.sampler)
         slot.sampler = None
         assert job is not None
-        result = Completion("".join(slot.text), slot.out, len(job.prompt), finish)
+        log_probs = None if job.watch is None else _stacked(slot.log_probs, len(job.watch))
+        result = Completion("".join(slot.text), slot.out, len(job.prompt), finish, log_probs)
         if job.on_done is not None:
             try:
                 job.on_done(result)
@@ -455,9 +385,9 @@ class Engine:
         for slot in self._slots:
             if slot.job is not None:
                 slot.job.pieces.put(error)
-                self._c.llama_sampler_free(slot.sampler)
+                self._llama.free_sampler(slot.sampler)
                 slot.job, slot.sampler, slot.pending = None, None, []
-            self._c.llama_memory_seq_rm(self._memory, slot.number, -1, -1)
+            self._llama.forget_from(slot.number)
             slot.cached = []
 
     # -- scoring -----------------------------------------------------------------------------------
@@ -487,23 +417,21 @@ class Engine:
             if slot is None:
                 raise ModelError("every sequence is busy", expected="an idle engine for scoring")
             slot.cached = []
-            self._c.llama_memory_seq_rm(self._memory, slot.number, -1, -1)
+            self._llama.forget_from(slot.number)
             try:
                 return self._score(tokens, first, slot.number)
             finally:
-                self._c.llama_memory_seq_rm(self._memory, slot.number, -1, -1)
+                self._llama.forget_from(slot.number)
 
     def _score(self, tokens: Sequence[int], first: int, sequence: int) -> npt.NDArray[np.float32]:
         rows: list[npt.NDArray[np.float32]] = []
         for begin in range(0, len(tokens), BATCH_TOKENS):
             piece = tokens[begin : begin + BATCH_TOKENS]
-            self._batch.n_tokens = 0
-            for offset, token in enumerate(piece):
-                self._add(token, begin + offset, sequence, begin + offset >= first)
-            self._decode()
-            for row in range(max(0, first - begin), len(piece)):
-                pointer = self._c.llama_get_logits_ith(self._ctx, row)
-                rows.append(np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)).copy())
+            self._llama.clear_batch()
+            for at, token in enumerate(piece, begin):
+                self._llama.add(token, position=at, sequence=sequence, wants_logits=at >= first)
+            self._llama.decode()
+            rows += [self._llama.row(row).copy() for row in range(max(0, first - begin), len(piece))]
         return np.stack(rows)
 
     # -- end ---------------------------------------------------------------------------------------
@@ -526,9 +454,7 @@ class Engine:
             job = self._waiting.get()
             if job is not None:
                 job.pieces.put(error)
-        self._c.llama_batch_free(self._batch)
-        self._c.llama_free(self._ctx)
-        self._c.llama_model_free(self._model)
+        self._llama.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -556,3 +482,15 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
         if a != b:
             return index
     return min(len(one), len(other))
+
+
+def _log_softmax(logits: npt.NDArray[np.float32], ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Log-probabilities of ``ids``, float32 [ids]."""
+    top = logits.max()
+    total = top + np.log(np.exp(logits - top).sum(dtype=np.float64))
+    return np.asarray(logits[list(ids)] - total, dtype=np.float32)
+
+
+def _stacked(positions: Sequence[npt.NDArray[np.float32]], ids: int) -> LogProbs:
+    table = np.stack(positions) if positions else np.zeros((0, 1 + ids), dtype=np.float32)
+    return LogProbs(taken=table[:, 0], watched=table[:, 1:])

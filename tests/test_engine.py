@@ -204,3 +204,35 @@ def test_files_that_are_no_llama_model_are_refused_before_loading(tmp_path: Path
         with pytest.raises(ModelError) as caught:
             Engine(path)
         assert path.name in str(caught.value)
+
+
+def test_watched_log_probabilities_are_those_of_teacher_forced_logits(engine: Engine) -> None:
+    prompt = capitals(engine)[0]
+    ids = engine.tokenize(" Paris London", begin=False)
+    result = engine.generate([prompt], max_tokens=6, watch=ids)[0]
+    assert result.log_probs is not None
+    positions = len(result.tokens) + (result.finish == "stop")  # the end token has a position too
+    assert result.log_probs.taken.shape == (positions,)
+    assert result.log_probs.watched.shape == (positions, len(ids))
+    logits = engine.logits([*prompt, *result.tokens], first=len(prompt) - 1)[:positions].astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(result.log_probs.watched, expected[:, ids], atol=0.05)
+    taken = expected[range(len(result.tokens)), result.tokens]
+    np.testing.assert_allclose(result.log_probs.taken[: len(result.tokens)], taken, atol=0.05)
+
+
+def test_nothing_is_recorded_unless_asked_for_and_a_stop_token_ends_a_reply(engine: Engine) -> None:
+    prompt = capitals(engine)[0]
+    whole = engine.generate([prompt], max_tokens=8)[0]
+    assert whole.log_probs is None
+    cut = engine.generate([prompt], max_tokens=8, stop=[whole.tokens[2]])[0]
+    assert cut.tokens == whole.tokens[:2]
+    assert cut.finish == "stop"
+
+
+def test_a_token_is_found_by_its_exact_text_only(engine: Engine) -> None:
+    found = engine.token_id("<|im_end|>")
+    assert found is not None
+    assert engine.tokenize("<|im_end|>", begin=False) == [found]
+    assert engine.token_id("[Retrieval]") is None
+    assert engine.token_id("two words") is None
