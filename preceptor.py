@@ -188,8 +188,14 @@ def import_(
         _print_json(report)
         return
     for key, value in report.items():
-        console.print(f"  {key}: {value}", highlight=False, markup=False)
-    console.print(f"\nNext: preceptor run {into}", highlight=False, markup=False, soft_wrap=True)
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {count}" for name, count in value.items())
+        if value not in ("", []):
+            console.print(f"  {key}: {value}", highlight=False, markup=False)
+    first = ""
+    if not report["documents"] and documents is None:
+        first = f"put your documents into {into / 'documents'} (the set brings none), then "
+    console.print(f"\nNext: {first}preceptor run {into}", highlight=False, markup=False, soft_wrap=True)
 
 
 # -- the stages --------------------------------------------------------------------------------------
@@ -199,8 +205,10 @@ def _stage(
     name: str, domain_name: str, profile: str, run_name: str, runs: Path, force: bool, as_json: bool
 ) -> None:
     from pipeline.job import run_job
+    from pipeline.preflight import claim
 
     domain, run = _open_run(domain_name, profile, run_name, runs)
+    claim(domain, run)
     with _progress(as_json) as progress:
         (outcome,) = run_job(domain, run, progress, stages=[name], force=force)
     _learn(domain, outcome)
@@ -233,11 +241,16 @@ def elicit(
     from pipeline.elicit import plan
 
     opened, folder = _open_run(domain, profile, run, runs)
-    _requests, cost = plan(opened, folder)
+    planned = plan(opened, folder)
     if as_json:
-        _print_json(asdict(cost))
+        _print_json({**asdict(planned.total), "steps": [asdict(step) for step in planned.steps]})
         return
-    for key, value in asdict(cost).items():
+    for step in planned.steps if len(planned.steps) > 1 else []:
+        most = "" if step.exact else "at most "
+        console.print(
+            f"  step {step.step}: {most}{step.requests} requests for {step.rows} rows", highlight=False
+        )
+    for key, value in asdict(planned.total).items():
         console.print(f"  {key.replace('_', ' ')}: {value}", highlight=False)
 
 
@@ -245,6 +258,12 @@ def elicit(
 def curate(domain: DomainName, profile: Profile = "quick", run: RunName = "", runs: Runs = Path("runs"), force: Force = False, as_json: AsJson = False) -> None:  # fmt: skip
     """Verified rationales to training rows; what is rejected keeps its reason."""
     _stage("curate", domain, profile, run, runs, force, as_json)
+
+
+@app.command(epilog="Example: `preceptor rerank medical`")
+def rerank(domain: DomainName, profile: Profile = "quick", run: RunName = "", runs: Runs = Path("runs"), force: Force = False, as_json: AsJson = False) -> None:  # fmt: skip
+    """A reranker learns from rationales to order passages by the question, where [rerank] is enabled."""
+    _stage("rerank", domain, profile, run, runs, force, as_json)
 
 
 @app.command(epilog="Example: `preceptor train medical --profile full`")
@@ -257,6 +276,12 @@ def train(domain: DomainName, profile: Profile = "quick", run: RunName = "", run
 def export(domain: DomainName, profile: Profile = "quick", run: RunName = "", runs: Runs = Path("runs"), force: Force = False, as_json: AsJson = False) -> None:  # fmt: skip
     """Merge, write GGUF, quantize, and compare the served file with the trained network."""
     _stage("export", domain, profile, run, runs, force, as_json)
+
+
+@app.command(epilog="Example: `preceptor calibrate medical`")
+def calibrate(domain: DomainName, profile: Profile = "quick", run: RunName = "", runs: Runs = Path("runs"), force: Force = False, as_json: AsJson = False) -> None:  # fmt: skip
+    """How sure the served student is: fitted to its answers to seed questions."""
+    _stage("calibrate", domain, profile, run, runs, force, as_json)
 
 
 @app.command(epilog="Example: `preceptor exam medical --json`")
@@ -278,11 +303,14 @@ def run(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """The main job: index, elicit, curate, train, export, exam. Skips what is done."""
+    """The main job: index, elicit, curate, rerank, train, export, exam. Skips what is done."""
     from pipeline.job import run_job
+    from pipeline.preflight import check_main_job
     from pipeline.stages import NAMES
 
     opened, folder = _open_run(domain, profile, run_name, runs)
+    with _progress(as_json) as progress:
+        check_main_job(opened, folder, progress)
     if not as_json:
         _print_estimate(opened, folder)
 
@@ -300,7 +328,7 @@ def run(
         console.print_json((folder.bundle / "report.json").read_text(encoding="utf-8"))
         return
     _print_exam(folder.bundle)
-    _print_sample(folder)
+    _print_sample(folder, opened)
     for line in (
         f"\nReport:  {folder.bundle / 'report.html'}",
         f"Chat:    preceptor chat {domain}",
@@ -544,21 +572,23 @@ def _print_exam(bundle: Path) -> None:
     console.print(f"\n[bold]Verdict:[/] {escape(report['verdict'])}", highlight=False)
 
 
-def _print_sample(folder: Run) -> None:
+def _print_sample(folder: Run, opened: Domain) -> None:
     """One cited answer of the exported student, from the exam."""
     from pipeline.showcase import cited_sample
 
-    answer = cited_sample(folder)
+    answer, reference = cited_sample(folder, opened)
     if answer is None:
         console.print("\nThe exported student gave no answer with a checked quote.", highlight=False)
         return
     console.print("\nOne answer of the exported student:", highlight=False)
     _print_answer(answer.text, answer.citations, question=answer.question)
+    console.print(f"  The exam's own answer: {reference}", highlight=False, markup=False)
 
 
 def _print_disclaimer(bundle: OpenBundle) -> None:
-    if bundle.config.domain.disclaimer:
-        console.print(f"\n[dim]{escape(bundle.config.domain.disclaimer)}[/]", highlight=False)
+    for line in (bundle.config.domain.disclaimer, *bundle.notes):
+        if line:
+            console.print(f"\n[dim]{escape(line)}[/]", highlight=False)
 
 
 def _print_answer(text: str, citations: list[Any], *, question: str = "") -> None:

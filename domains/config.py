@@ -11,9 +11,11 @@ from pydantic import Field, ValidationError
 
 from domains.errors import ConfigError
 from domains.records import Record
+from domains.steps import STEPS, JudgeOptions, LabelStep, Step
 
 GgufType = Literal["F16", "Q8_0", "Q4_0", "Q4_K_M"]
 Share = Annotated[float, Field(ge=0, le=1)]
+OnUnsupported = Literal["withdraw", "drop", "mark", "keep"]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -76,11 +78,16 @@ class TeacherSection(Record):
 
 
 class ElicitSection(Record):
-    """How many seed questions are put to the teacher (0 = all) and how often each."""
+    """How many seed questions are put to the teacher (0 = all), how often each, and by which strategies.
+
+    ``steps`` run in order; ``judge`` is who grades and criticises, the teacher where it says nothing else.
+    """
 
     questions: Annotated[int, Field(ge=0)] = 0
     samples: Count = 2
     seed: int = 0
+    judge: JudgeOptions = JudgeOptions()
+    steps: Annotated[list[Step], Field(min_length=1)] = [LabelStep()]
 
 
 class CurateSection(Record):
@@ -90,7 +97,10 @@ class CurateSection(Record):
     own retrieval instead of the teacher's, ``irrelevant_share`` rows get passages that do not answer
     and the abstention as target (closing the gap between training and serving); ``abstention_share`` is
     the most that abstentions of all kinds may be of all rows.
-    ``decontaminate_ngram`` is the length in words of an n-gram that no training question may share
+    ``evidence`` says which passages the other rows show: ``gold`` those that the teacher saw, ``rationale``
+    those that BM25 finds with the rationale (KARD, arXiv 2305.18395). ``verifier`` says who decides whether a
+    rationale entails the answer: ``rules``, or also a ``model`` that has to find the answer from the rationale
+    alone. ``decontaminate_ngram`` is the length in words of an n-gram that no training question may share
     with an exam question.
     """
 
@@ -103,8 +113,86 @@ class CurateSection(Record):
     irrelevant_share: Share = 0.05
     abstention_share: Annotated[float, Field(ge=0, le=0.5)] = 0.15
     rationale_in_target: bool = False
+    evidence: Literal["gold", "rationale"] = "gold"
+    verifier: Literal["rules", "model"] = "rules"
+    verifier_gguf: str = "smollm2-135m"
     seed: int = 0
     checks: list[str] = []
+
+
+class ReflectSection(Record):
+    """Self-RAG (arXiv 2310.11511) and SAIL (arXiv 2305.15225): how the student judges passages and itself.
+
+    ``backend``: ``tokens`` (reflection tokens), ``text`` (SAIL's plain verdicts), ``grader`` (an external
+    judge) or ``none``. The shares are the augmentation's published sampling: how many rows without
+    retrieval are kept, how often a partly supported passage is taken, and one without support. ``critic`` labels
+    the training rows: the ``teacher``; ``rules`` (word overlap and gold quotes, a stand-in); ``trained``, a
+    small classifier that learns from the teacher's labels of ``critic_sample`` rows and labels the others;
+    ``auto`` is rules for a local teacher, else trained. More than ``max_unparsed`` unreadable labels end the stage.
+    At serving:
+    retrieve where the normalised probability of ``[Retrieval]`` exceeds ``threshold``; the weights are of the
+    segment score. ``distracting``: what is said when every passage is judged beside the point. ``judge`` is the
+    grader's: word overlap (``rules``), an OpenAI-compatible endpoint, or a second GGUF; ``rewrites`` is how often it
+    may look again with other words when no passage is relevant.
+    """
+
+    backend: Literal["none", "text", "tokens", "grader"] = "none"
+    passages: Count = 5
+    no_retrieval_share: Share = 0.4
+    partial_share: Share = 0.7
+    unsupported_share: Share = 0.25
+    critic: Literal["auto", "teacher", "rules", "trained"] = "auto"
+    critic_sample: Count = 200
+    max_unparsed: Share = 0.2
+    threshold: Share = 0.2
+    relevance_weight: Annotated[float, Field(ge=0)] = 1.0
+    support_weight: Annotated[float, Field(ge=0)] = 1.0
+    utility_weight: Annotated[float, Field(ge=0)] = 0.5
+    sequence_weight: Annotated[float, Field(ge=0)] = 0.0
+    form: Literal["short", "long"] = "short"
+    beam: Count = 2
+    depth: Count = 6
+    drop_unsupported: bool = True
+    distracting: Literal["abstain", "answer"] = "abstain"
+    judge: Literal["rules", "endpoint", "gguf"] = "rules"
+    judge_base_url: str = "https://api.openai.com/v1"
+    judge_model: str = "gpt-4o-mini"
+    judge_api_key_env: str = "OPENAI_API_KEY"
+    judge_gguf: str = "smollm2-135m"
+    judge_timeout_s: Annotated[float, Field(gt=0)] = 20.0
+    rewrites: Annotated[int, Field(ge=0, le=1)] = 1
+    seed: int = 0
+
+
+class RerankSection(Record):
+    """KARD's reranker (arXiv 2305.18395): learns from the question the order that BM25 gives with the rationale.
+
+    ``pool`` passages each of rationale and question, of which ``draws`` are taken afresh each epoch; ``k1`` and ``b`` are
+    BM25's there. ``loss`` is ``kl``, the paper's, or ``ce``, the default of its released code; ``tau1`` and ``tau2`` are
+    the temperatures of targets and scores. ``rank`` 0 trains the whole question encoder. ``dimensions`` are numbers
+    per token of a stored passage. ``development_share`` of the documents is held out: it decides the epoch and how
+    much the fused score counts, and the reranker is kept only where it certainly helps there. When answering, the
+    first ``candidates`` of the hybrid list are ordered anew.
+    """
+
+    enabled: bool = False
+    loss: Literal["kl", "ce"] = "kl"
+    tau1: Annotated[float, Field(gt=0)] = 1.0
+    tau2: Annotated[float, Field(gt=0)] = 10.0
+    k1: Annotated[float, Field(ge=0)] = 0.9
+    b: Share = 0.4
+    pool: Annotated[int, Field(ge=2)] = 32
+    draws: Annotated[int, Field(ge=2)] = 8
+    epochs: Count = 6
+    batch: Count = 16
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    rank: Annotated[int, Field(ge=0)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    dimensions: Annotated[int, Field(ge=8, le=384)] = 128
+    candidates: Count = 100
+    development_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    seed: int = 0
 
 
 class StudentSection(Record):
@@ -157,13 +245,34 @@ class ExamSection(Record):
     seed: int = 0
 
 
+class CalibrateSection(Record):
+    """How sure an answer is: a logistic model, fitted to the student's answers to seed questions.
+
+    ``questions`` is how many are put to the student in all (0 = all): answerable ones twice, once without
+    the passages that answer them. Those that training did not use are taken first. The fit is
+    cross-validated over ``folds`` groups of documents.
+    """
+
+    enabled: bool = True
+    questions: Annotated[int, Field(ge=0)] = 72
+    folds: Annotated[int, Field(ge=2)] = 5
+    seed: int = 0
+
+
 class ServeSection(Record):
-    """Serving. ``withdraw_unsupported``: an answer that no passage supports becomes the abstention."""
+    """Serving.
+
+    ``unsupported``, what becomes of text that no passage supports: ``withdraw`` a whole answer without
+    support (it becomes the abstention), ``drop`` every sentence without, ``mark`` it, or ``keep`` it.
+    ``max_wrong`` is the share of given answers that may be wrong: the assistant abstains where it is not
+    sure enough for that (0: as sure or unsure as it is).
+    """
 
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     max_tokens: Count = 160
     parallel: Annotated[int, Field(ge=1, le=64)] = 4
-    withdraw_unsupported: bool = True
+    unsupported: OnUnsupported = "withdraw"
+    max_wrong: Share = 0.0
 
 
 class DomainConfig(Record):
@@ -176,10 +285,13 @@ class DomainConfig(Record):
     teacher: TeacherSection = TeacherSection()
     elicit: ElicitSection = ElicitSection()
     curate: CurateSection = CurateSection()
+    reflect: ReflectSection = ReflectSection()
+    rerank: RerankSection = RerankSection()
     student: StudentSection = StudentSection()
     train: TrainSection = TrainSection()
     export: ExportSection = ExportSection()
     parity: ParitySection = ParitySection()
+    calibrate: CalibrateSection = CalibrateSection()
     exam: ExamSection = ExamSection()
     serve: ServeSection = ServeSection()
 
@@ -271,16 +383,28 @@ def _explain(error: Any) -> str:
     loc = [str(part) for part in error["loc"]]
     where = ".".join(loc)
     if error["type"] == "extra_forbidden":
-        known = list(DomainConfig.model_fields) if len(loc) == 1 else _section_keys(loc[0])
-        close = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
-        return f"{where}: unknown key; {hint}"
+        return f"{where}: unknown key; {_hint(loc[-1], _known_keys(loc))}"
     if error["type"] == "missing":
         return f"{where}: missing"
+    if error["type"] == "union_tag_invalid":
+        tag = str(error["ctx"]["tag"])
+        return f"{where}.use = {tag!r}: unknown; {_hint(tag, list(STEPS))}"
+    if error["type"] == "union_tag_not_found":
+        return f"{where}.use: missing; known: {', '.join(sorted(STEPS))}"
     return f"{where} = {error['input']!r}: {error['msg'].lower()}"
 
 
-def _section_keys(section: str) -> list[str]:
-    field = DomainConfig.model_fields.get(section)
-    kind = field.annotation if field else None
+def _hint(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def _known_keys(loc: list[str]) -> list[str]:
+    """The keys beside the last one of ``loc``: of the file, a section, a table in it, or a step."""
+    kind: Any = DomainConfig
+    for part in loc[:-1]:
+        if isinstance(kind, type) and issubclass(kind, Record) and part in kind.model_fields:
+            kind = kind.model_fields[part].annotation
+        elif part in STEPS:
+            kind = STEPS[part]
     return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, Record) else []

@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from domains.config import DomainConfig
 from domains.records import Record
+from domains.steps import STEPS, JudgeOptions
 
 _HEAD = """# Configuration: every key of domain.toml
 
@@ -29,17 +30,48 @@ def describe() -> str:
         parts.append(
             f"\n## [{section}]\n\n{inspect.cleandoc(kind.__doc__ or '')}\n\n| key | default | allowed |\n|---|---|---|\n"
         )
-        parts += [
-            f"| `{key}` | {_default(item)} | {_allowed(item)} |\n" for key, item in kind.model_fields.items()
-        ]
+        parts += _rows(kind)
+        if section == "elicit":
+            parts += _steps()
     return "".join(parts)
 
 
+def _steps() -> list[str]:
+    """The tables below ``[elicit]``: the judge, and the options of every step."""
+    parts = [_table("[elicit.judge]", JudgeOptions), *_rows(JudgeOptions)]
+    for use, kind in STEPS.items():
+        parts += [_table(f'[[elicit.steps]] use = "{use}"', kind), *_rows(kind, without="use")]
+    return parts
+
+
+def _table(title: str, kind: type[Record]) -> str:
+    return f"\n### {title}\n\n{inspect.cleandoc(kind.__doc__ or '')}\n\n| key | default | allowed |\n|---|---|---|\n"
+
+
+def _rows(kind: type[Record], *, without: str = "") -> list[str]:
+    return [
+        f"| `{key}` | {_default(item)} | {_allowed(item)} |\n"
+        for key, item in kind.model_fields.items()
+        if key != without
+    ]
+
+
 def _default(field: FieldInfo) -> str:
-    return "required" if field.is_required() else f"`{json.dumps(field.default, ensure_ascii=False)}`"
+    if field.is_required():
+        return "required"
+    return f"`{json.dumps(field.default, ensure_ascii=False, default=_brief)}`"
+
+
+def _brief(record: Record) -> dict[str, object]:
+    """A record without what is at its default."""
+    return {
+        key: value for key, value in record if key == "use" or value != type(record).model_fields[key].default
+    }
 
 
 def _allowed(field: FieldInfo) -> str:
+    if "domains.steps" in str(field.annotation):
+        return "a table, see below" if "list" not in str(field.annotation) else "a list of tables, see below"
     kind = str(field.annotation)
     kind = kind.replace("<class '", "").replace("'>", "").replace("typing.", "")
     limits = [str(item) for item in field.metadata]

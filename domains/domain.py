@@ -18,7 +18,7 @@ PROMPTS = ("system", "teacher")
 
 @dataclass(frozen=True)
 class Domain:
-    """A validated domain. ``prompts`` maps ``system`` and ``teacher`` to their texts."""
+    """A validated domain. ``prompts`` maps ``system``, ``teacher`` and whatever else it brings to their texts."""
 
     folder: Path
     config: DomainConfig
@@ -114,20 +114,23 @@ def load_domain(name_or_path: str, *, profile: str | None = None) -> Domain:
 
 
 def read_prompts(folder: Path) -> dict[str, str]:
-    """The prompts that every domain brings, stripped of outer white space.
+    """The prompts that every domain brings, and its own for strategies; stripped of outer white space.
 
     Raises:
         ConfigError: one is missing or empty.
     """
     prompts = {}
-    for name in PROMPTS:
+    others = sorted({path.stem for path in folder.glob("*.md")} - {*PROMPTS, "README"})
+    for name in (*PROMPTS, *others):
         path = folder / f"{name}.md"
         text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
         if not text:
             raise ConfigError(
                 f"prompt {str(path)!r} is missing or empty",
                 expected=f"the {name} prompt as text",
-                next_step=f"copy {SHIPPED / 'medical' / 'prompts' / f'{name}.md'} there and edit it",
+                next_step=f"copy {SHIPPED / 'medical' / 'prompts' / f'{name}.md'} there and edit it"
+                if name in PROMPTS
+                else f"write it, or delete {path}: the built-in prompt serves then",
             )
         prompts[name] = text
     return prompts

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 QuestionKind = Literal["open", "yes_no", "options", "unanswerable"]
 Split = Literal["seed", "exam"]
 Support = Literal["supported", "unsupported", "abstained"]
+Withheld = Literal["unsupported", "partly", "unsure"]
 
 
 class Record(BaseModel):
@@ -43,11 +44,15 @@ class Passage(Record):
 
 
 class Hit(Record):
-    """A retrieved passage with its fused score and its rank (from 1) in each list it was found by."""
+    """A retrieved passage with its fused score and its rank (from 1) in each list it was found by.
+
+    ``scores`` are the lists' own: ``dense`` a cosine, ``lexical`` BM25.
+    """
 
     passage: Passage
     score: float
     ranks: dict[str, int] = {}
+    scores: dict[str, float] = {}
 
 
 class Quote(Record):
@@ -136,6 +141,29 @@ class Segment(Record):
         return self
 
 
+CritiqueTask = Literal["retrieve", "isrel", "issup", "isuse"]
+
+
+class Critique(Record):
+    """One judgement for the reflection tokens, and who gave it (arXiv 2310.11511 §3.2.1).
+
+    ``retrieve`` with a passage is the decision in the middle of an answer, without one that at its beginning.
+    ``output`` is the sentence that is judged, or the whole answer for ``isuse``. Labels: ``retrieve``,
+    ``no_retrieval``, ``continue``; ``relevant``, ``irrelevant``; ``full``, ``partial``, ``none``; ``1`` to ``5``.
+    """
+
+    task: CritiqueTask
+    question_id: str
+    instruction: str
+    preceding: str = ""
+    output: str = ""
+    passage_id: str = ""
+    evidence: str = ""
+    label: str
+    explanation: str
+    teacher: str
+
+
 class Example(Record):
     """One training row: a prompt (chat messages) and the completion that is supervised.
 
@@ -149,7 +177,7 @@ class Example(Record):
     completion: str = Field(min_length=1)
     unsupervised: list[tuple[int, int]] = []
     passages: list[str]
-    origin: Literal["gold", "retrieved", "irrelevant", "unanswerable"]
+    origin: Literal["gold", "rationale", "retrieved", "irrelevant", "unanswerable"]
     request: str
 
 
@@ -179,10 +207,64 @@ class Citation(Record):
     by: Literal["model", "overlap"]
 
 
+class Statement(Record):
+    """One sentence of an answer, and the citations that it rests on: their places in ``Answer.citations``."""
+
+    text: str
+    citations: list[int] = []
+
+
+class JudgedSegment(Record):
+    """One segment of an answer as a reflection back-end judged it; see `serve.reflection_scores`.
+
+    ``number`` is its passage's place (from 1) in ``Answer.passages``. ``relevance`` and ``support`` are in [0, 1],
+    ``utility`` in [-1, 1], ``sequence`` is the geometric mean of the token probabilities; None where nothing was
+    judged.
+    """
+
+    decision: Literal["retrieve", "no_retrieval", "continue"]
+    text: str
+    number: int | None = None
+    relevance: float | None = None
+    support: float | None = None
+    label: Literal["full", "partial", "none"] | None = None
+    utility: float | None = None
+    sequence: float | None = None
+    score: float | None = None
+
+
+class Reflection(Record):
+    """How an answer was reflected upon.
+
+    ``p_retrieve`` is the normalised probability of retrieving where the model decides that itself. ``relevant`` are
+    the numbers of the passages judged relevant. ``segments`` are those of the answer, ``candidates`` what was weighed
+    against each other in the short form. ``missing`` counts, of ``expected`` judgements of each group, those
+    that the model did not give; ``unparsed`` counts replies whose verdict or closed answer could not be read.
+    ``passes`` is the number of completions that the answer took, ``tokens`` what was written in them. ``notes`` say
+    in words what went otherwise than planned.
+    """
+
+    backend: str
+    retrieved: bool
+    p_retrieve: float | None = None
+    relevant: list[int] = []
+    segments: list[JudgedSegment] = []
+    candidates: list[JudgedSegment] = []
+    expected: dict[str, int] = {}
+    missing: dict[str, int] = {}
+    unparsed: int = 0
+    passes: int = 1
+    tokens: int = 0
+    notes: list[str] = []
+
+
 class Answer(Record):
     """What a user gets: the final text, what the model wrote, the evidence, and the verdict.
 
-    ``rejected_quotes`` are quotes of the model that stand in no passage.
+    ``rejected_quotes`` are quotes of the model that stand in no passage. ``statements`` say which sentence
+    rests on which citation; those without one are not in ``text`` where the domain drops them. ``withheld``
+    says why something that the model wrote is not shown. ``signals`` are what ``confidence``, the calibrated
+    probability that the answer is right and supported, is computed from.
     """
 
     question: str
@@ -194,3 +276,8 @@ class Answer(Record):
     passages: list[Hit] = []
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    reflection: Reflection | None = None
+    statements: list[Statement] = []
+    withheld: Withheld | None = None
+    confidence: float | None = None
+    signals: dict[str, float] = {}

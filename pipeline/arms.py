@@ -10,13 +10,14 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
+from domains.config import ReflectSection
 from domains.errors import ContextOverflow, DataError
 from domains.jsonl import read_jsonl, write_jsonl
 from domains.records import Answer, Hit, Question, Record
@@ -25,39 +26,66 @@ from rag.prompt import render_question
 from serve.assistant import Asked, Assistant, Retrieves
 from serve.engine import Engine
 from serve.models import sha256_file
+from serve.reflection import Reflector, open_reflector
 
 PARALLEL = 8
 CHUNK = 2 * PARALLEL  # what a kill can cost, and how often the bar moves
 DEPTH = 10  # retrieved per question, for recall@10; the assistant shows fewer
+REFLECTING = (
+    "judges",
+    "reflection",
+    "reflection_beam",
+    "reflection_grader",
+    "reflection_long",
+    "reflection_run",
+    "reflection_scores",
+    "reflection_text",
+    "reflection_tokens",
+)
 _CODE = (
     "serve.assistant",
+    *(f"serve.{name}" for name in REFLECTING),
+    "serve.checking",
+    "serve.signals",
     "serve.engine",
     "serve.llama",
     "rag.answers",
     "rag.citations",
     "rag.prompt",
+    "rag.sentences",
+    "rag.untrusted",
     "rag.words",
 )
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One configuration of the exam."""
+    """One configuration of the exam. ``reflects``: with the back-end of ``[reflect]``, which wants a trained student."""
 
     name: str
     model: Path
     with_passages: bool
+    reflects: bool = False
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What is the same for all arms, see `serve.assistant.Assistant`. ``context`` is in tokens."""
+    """What is the same for all arms, see `serve.assistant.Assistant`. ``context`` is in tokens.
+
+    ``reflect`` counts for the arms that reflect.
+    """
 
     system: str
     abstain: str
     top_k: int
     max_tokens: int
     context: int
+    reflect: ReflectSection = field(default_factory=ReflectSection)
+
+    @property
+    def depth(self) -> int:
+        """The most passages that one retrieval asks for."""
+        return max(self.top_k, self.reflect.passages if self.reflect.backend == "tokens" else 0)
 
 
 class Row(Record):
@@ -114,7 +142,7 @@ def ask_arms(
     """
     progress.start("exam: retrieval", len(questions))
     for question in questions:  # so that the bars below show the models' work only
-        retriever.retrieve(question.question, top_k=conditions.top_k)
+        retriever.retrieve(question.question, top_k=conditions.depth)
         progress.advance()
     rows = {}
     for model, group in groupby(arms, key=lambda arm: arm.model):
@@ -127,10 +155,11 @@ def ask_arms(
 
             for arm in group:
                 found = retriever if arm.with_passages else None
-                keys = [_row_key(digest, question, found, conditions) for question in questions]
+                own = conditions if arm.reflects else replace(conditions, reflect=ReflectSection())
+                keys = [_row_key(digest, question, found, own) for question in questions]
                 path = folder / f"{arm.name}.jsonl"
                 progress.start(f"exam: {arm.name}", len(questions))
-                rows[arm.name] = _ask_arm(path, keys, questions, found, conditions, opened, progress)
+                rows[arm.name] = _ask_arm(path, keys, questions, found, own, opened, progress)
     return rows
 
 
@@ -146,11 +175,14 @@ def _ask_arm(
     known = {row.key: row for row in _read_rows(path)}
     missing = [pair for pair in zip(keys, questions, strict=True) if pair[0] not in known]
     progress.advance(len(questions) - len(missing))
-    for begin in range(0, len(missing), CHUNK):
-        chunk = missing[begin : begin + CHUNK]
-        known |= {row.key: row for row in _ask_chunk(chunk, retriever, conditions, opened())}
-        write_jsonl(path, [known[key] for key in keys if key in known])
-        progress.advance(len(chunk))
+    reflector = open_reflector(conditions.reflect, opened()) if missing else None
+    with closing(reflector) if reflector else nullcontext():
+        for begin in range(0, len(missing), CHUNK):
+            chunk = missing[begin : begin + CHUNK]
+            asked = _ask_chunk(chunk, retriever, conditions, opened(), reflector)
+            known |= {row.key: row for row in asked}
+            write_jsonl(path, [known[key] for key in keys if key in known])
+            progress.advance(len(chunk))
     rows = [known[key] for key in keys]
     write_jsonl(path, rows)  # rows of another exam are left out, however much was known
     return rows
@@ -168,6 +200,7 @@ def _ask_chunk(
     retriever: Retrieves | None,
     conditions: Conditions,
     engine: Engine,
+    reflector: Reflector | None,
 ) -> list[Row]:
     assistant = Assistant(
         engine,
@@ -177,7 +210,9 @@ def _ask_chunk(
         top_k=conditions.top_k,
         max_tokens=conditions.max_tokens,
         # Models are compared by what they say; what serving would withdraw is marked (metrics.score_served).
-        withdraw_unsupported=False,
+        unsupported="keep",
+        signals=True,
+        reflector=reflector,
     )
     asked = [_prepare(assistant, question) for _, question in chunk]
     engine.forget()  # so that a resumed exam gives the answers of an uninterrupted one
@@ -208,14 +243,14 @@ def _row_key(
     model_sha256: str, question: Question, retriever: Retrieves | None, conditions: Conditions
 ) -> str:
     """A hash of the model, the prompt's parts, the conditions, and the code that asks and judges."""
-    hits = retriever.retrieve(question.question, top_k=conditions.top_k) if retriever else []
+    hits = retriever.retrieve(question.question, top_k=conditions.depth) if retriever else []
     parts = {
         "model": model_sha256,
         "code": _code_digest(),
         "id": question.id,
         "question": render_question(question),
         "hits": [hit.model_dump() for hit in hits],
-        "conditions": vars(conditions),
+        "conditions": {**vars(conditions), "reflect": conditions.reflect.model_dump()},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -6,6 +6,7 @@ index/                   passages (written by the index stage)
 domain.toml prompts/     who the assistant is; the profile that was run, resolved
 NOTICE                   licences and attributions that must travel with the model
 parity.json              the parity gate's numbers
+calibration.json         how sure an answer is (written by the calibrate stage)
 manifest.json            hashes, versions, provenance, ready or not; written last
 """
 
@@ -18,10 +19,19 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from domains.config import DomainConfig, GgufType
 from domains.jsonl import write_text_atomic
-from serve.manifest import MANIFEST, BaseModelFacts, BundleFile, Manifest, read_manifest, write_manifest
+from serve.manifest import (
+    CALIBRATION,
+    MANIFEST,
+    BaseModelFacts,
+    BundleFile,
+    Manifest,
+    read_manifest,
+    write_manifest,
+)
 from serve.models import sha256_file
 
 _PACKAGES = (
@@ -51,7 +61,7 @@ def open_bundle(bundle: Path, *, keep: Sequence[str]) -> None:
         keep: the students' file names that are about to be written; the old ones stay until then.
     """
     bundle.mkdir(parents=True, exist_ok=True)
-    for name in (MANIFEST, "parity.json", "report.json", "report.html"):
+    for name in (MANIFEST, "parity.json", CALIBRATION, "report.json", "report.html"):
         (bundle / name).unlink(missing_ok=True)
     for path in bundle.glob("student*.gguf"):
         if path.name not in keep:
@@ -109,6 +119,22 @@ def mark_ready(bundle: Path, *, ready: bool) -> Manifest:
     return manifest
 
 
+def note_files(bundle: Path, names: Sequence[str]) -> None:
+    """Files that a later stage adds to a bundle: their hashes stand in the manifest like those of the others.
+
+    Does nothing where there is no manifest yet.
+    """
+    if not (bundle / MANIFEST).is_file():
+        return
+    entries = {
+        name: BundleFile(sha256=sha256_file(bundle / name), size_bytes=(bundle / name).stat().st_size)
+        for name in names
+    }
+    manifest = read_manifest(bundle)
+    files = dict(sorted({**manifest.files, **entries}.items()))
+    write_manifest(bundle, manifest.model_copy(update={"files": files}))
+
+
 def licence_notices(base: BaseModelFacts, *, domain_licence: str) -> list[str]:
     """What must be said of the licences of base model and documents, one line each."""
     notices = [f"Base model: {base.name}, licence {base.licence or 'unspecified'}."]
@@ -143,13 +169,22 @@ def package_versions() -> dict[str, str]:
 
 
 def dump_toml(data: dict[str, dict[str, object]]) -> str:
-    """Tables of scalars and lists of scalars as TOML, readable back by ``tomllib``."""
-    lines = []
-    for section, values in data.items():
-        lines.append(f"[{section}]")
-        lines += [f"{key} = {_toml_value(value)}" for key, value in values.items()]
-        lines.append("")
-    return "\n".join(lines)
+    """Tables of scalars, lists and further tables as TOML, readable back by ``tomllib``; None is left out."""
+    return "\n".join(line for section, values in data.items() for line in _toml_table(f"[{section}]", values))
+
+
+def _toml_table(head: str, values: dict[str, Any]) -> list[str]:
+    """A table, and those inside it behind it: ``[head.key]``, or ``[[head.key]]`` for each of a list."""
+    own, below = [head], []
+    for key, value in values.items():
+        name = f"{head.strip('[]')}.{key}"
+        if isinstance(value, dict):
+            below += _toml_table(f"[{name}]", value)
+        elif isinstance(value, list | tuple) and value and all(isinstance(item, dict) for item in value):
+            below += [line for item in value for line in _toml_table(f"[[{name}]]", item)]
+        elif value is not None:
+            own.append(f"{key} = {_toml_value(value)}")
+    return [*own, "", *below]
 
 
 def _toml_value(value: object) -> str:

@@ -1,13 +1,13 @@
 """curate: which of the teacher's rationales become training rows. Nothing is dropped silently.
 
-reads    rationales.jsonl, the domain's questions, the index
-writes   train.jsonl (`Example`), rejected.jsonl (`Rejection`)
+reads    rationales.jsonl, the domain's questions and generated.jsonl, the index
+writes   train.jsonl (`Example`), rejected.jsonl (`Rejection`); critiques.jsonl (`Critique`) where answers reflect
 counts   in = kept + rejected = kept + Σ reasons.*
-         rows = kept + irrelevant_extra + unanswerable_rows
-              = gold_rows + retrieved_rows + irrelevant_rows + unanswerable_rows
+         rows = kept + irrelevant_extra + unanswerable_rows   (answers that reflect: see `pipeline.reflect_rows`, `pipeline.verdict_rows`)
+              = gold_rows + rationale_rows + retrieved_rows + irrelevant_rows + unanswerable_rows
 
 A rationale is rejected for the first check that it fails, in this order (`pipeline.judge`): known question
-and passages, form, entailment (`pipeline.verify`), quotes, a target that can be written, exam
+and passages, form, entailment (`pipeline.verify`, `pipeline.verify_model`), quotes, a target that can be written, exam
 (`pipeline.decontaminate`), the domain's own checks; then, best first within a question (with a checked quote before without,
 then the shorter), near-duplicates and more than ``keep_per_question``.
 """
@@ -15,21 +15,30 @@ then the shorter), near-duplicates and more than ``keep_per_question``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from domains.checks import Check, load_checks
 from domains.domain import Domain
 from domains.errors import StageError
 from domains.jsonl import read_jsonl, write_jsonl
-from domains.records import Passage, Question, Rationale, Rejection
+from domains.records import Example, Passage, Question, Rationale, Rejection
+from pipeline.augment import Sampling
+from pipeline.critics import open_critic
 from pipeline.decontaminate import ExamGuard
 from pipeline.judge import Judge, keep_clear, select
 from pipeline.progress import Progress
+from pipeline.questions import read_all_questions
+from pipeline.reflect_ground import Ground
+from pipeline.reflect_rows import token_rows
 from pipeline.rows import Kept, Origin, RowBuilder
 from pipeline.run_folder import Report, Run, disk_errors, need
+from pipeline.verdict_rows import verdict_rows
+from pipeline.verify_model import verify_by_model
 from rag.retrieve import Retriever, open_retriever
+from serve.engine import Engine
+from serve.models import inference_gguf
 
 FEW_ROWS = 32
 ORIGINS = get_args(Origin)
@@ -38,6 +47,7 @@ FEW = (
     "More questions, more samples or a stronger teacher give more."
 )
 HINTS = {
+    "verifier": 'use a stronger [curate] verifier_gguf, or verifier = "rules"',
     "teacher_answer": 'use a stronger teacher: [teacher] kind = "endpoint", see docs/configuration.md',
     "does_not_support_answer": 'use a stronger teacher: [teacher] kind = "endpoint", see docs/configuration.md',
     "quote": "use a stronger teacher, or lower [teacher] temperature",
@@ -57,7 +67,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         ConfigError: the domain has no questions, or a named check does not exist.
     """
     checks = load_checks(domain.folder, domain.config.curate.checks)
-    questions = domain.read_questions()
+    questions = read_all_questions(domain, run)
     rationales = read_jsonl(need(run.rationales, stage="elicit"), Rationale)
     with open_retriever(need(run.index, stage="index"), domain.config.retrieve) as retriever:
         guard = ExamGuard(
@@ -73,21 +83,75 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         unanswerable = [q for q in questions if q.kind == "unanswerable" and q.split == "seed"]
         clear, contaminated = keep_clear(unanswerable, guard)
         progress.start("writing training rows", 0)
-        rows, counts = _builder(domain, retriever).build(
-            kept,
-            clear,
-            retrieved_share=domain.config.curate.retrieved_share,
-            irrelevant_share=domain.config.curate.irrelevant_share,
-            abstention_share=domain.config.curate.abstention_share,
-        )
+        facts: dict[str, Any] = {"exam_templates": guard.templates}
+        if domain.config.reflect.backend in {"tokens", "text"}:
+            rows, counts, facts["critic"] = _reflecting(domain, run, retriever, kept, clear, progress)
+        else:
+            run.critiques.unlink(missing_ok=True)
+            rows, counts = _builder(domain, retriever).build(
+                kept,
+                clear,
+                retrieved_share=domain.config.curate.retrieved_share,
+                irrelevant_share=domain.config.curate.irrelevant_share,
+                abstention_share=domain.config.curate.abstention_share,
+            )
     with disk_errors(run.folder):
         write_jsonl(run.rejections, [*rejected, *contaminated])
         write_jsonl(run.examples, rows)
     progress.say(f"{len(kept)} of {len(rationales)} rationales kept, {len(rows)} training rows")
     if len(rows) < FEW_ROWS:
         progress.say(FEW.format(_commonest(reasons)))
-    facts = {"exam_templates": guard.templates}
     return Report(counts=_counts(len(rationales), len(kept), reasons, len(contaminated), counts), facts=facts)
+
+
+def _reflecting(
+    domain: Domain,
+    run: Run,
+    retriever: Retriever,
+    kept: Sequence[Kept],
+    unanswerable: Sequence[Question],
+    progress: Progress,
+) -> tuple[list[Example], Counter[str], dict[str, int]]:
+    """Rows for a student that judges passages and itself, and how many labels whoever gave."""
+    config = domain.config
+    with open_critic(
+        config.reflect.critic,
+        teacher=config.teacher,
+        ledger=run.ledger,
+        question_ids=[item.question.id for item in kept],
+        sample=config.reflect.critic_sample,
+        max_unparsed=config.reflect.max_unparsed,
+        embed=retriever.index.embedder.embed,
+        seed=config.reflect.seed,
+        progress=progress,
+    ) as (critic, told):
+        ground = Ground(
+            system=domain.prompts["system"],
+            abstain=config.domain.abstain,
+            find=retriever.find,
+            critic=critic,
+            top_k=config.retrieve.top_k,
+            passages=config.reflect.passages,
+            rationale_in_target=config.curate.rationale_in_target,
+            sampling=Sampling(
+                no_retrieval_share=config.reflect.no_retrieval_share,
+                partial_share=config.reflect.partial_share,
+                unsupported_share=config.reflect.unsupported_share,
+                seed=config.reflect.seed,
+            ),
+        )
+        build = token_rows if config.reflect.backend == "tokens" else verdict_rows
+        rows, counts, labels = build(
+            ground,
+            kept,
+            unanswerable,
+            irrelevant_share=config.curate.irrelevant_share,
+            abstention_share=config.curate.abstention_share,
+        )
+    with disk_errors(run.folder):
+        write_jsonl(run.critiques, labels)
+    given = Counter(f"{label.task}: {label.label}, by {label.teacher}" for label in labels)
+    return rows, counts, {**told, **dict(sorted(given.items()))}
 
 
 def _counts(
@@ -131,6 +195,10 @@ def _check(
         rationale_in_target=config.curate.rationale_in_target,
     )
     passed, rejected = judge.sort(rationales, progress)
+    if config.curate.verifier == "model":
+        with Engine(inference_gguf(config.curate.verifier_gguf), parallel=8) as engine:
+            passed, refuted = verify_by_model(engine, passed, progress)
+        rejected += refuted
     kept, surplus = select(
         passed,
         keep_per_question=config.curate.keep_per_question,
@@ -149,7 +217,14 @@ def _builder(domain: Domain, retriever: Retriever) -> RowBuilder:
         top_k=config.retrieve.top_k,
         rationale_in_target=config.curate.rationale_in_target,
         seed=config.curate.seed,
+        by_rationale=_by_words(retriever) if config.curate.evidence == "rationale" else None,
     )
+
+
+def _by_words(retriever: Retriever) -> Callable[[str, int], list[Passage]]:
+    """KARD's retriever of training passages: BM25 alone."""
+    index = retriever.index
+    return lambda query, top_k: [index.by_id[name] for name in index.search_lexical(query, top_k=top_k)]
 
 
 def require_some(kept: Sequence[Kept], reasons: Counter[str], rejections: Path) -> None:

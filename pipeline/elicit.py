@@ -1,10 +1,14 @@
 """elicit: the teacher explains the answers of the seed questions. Asked once, paid once.
 
-reads    the domain's seed questions, the index
-writes   rationales.jsonl (one `Rationale` per answered request), the domain's ledger
+reads    the domain's seed questions, the index, its prompts
+writes   rationales.jsonl (one `Rationale` per explained answer that is left at the end), generated.jsonl (new seed
+         questions, mostly none), elicit/<n>-<strategy>.jsonl (every row of every step, with its status and reason),
+         the domain's ledger
 
+The steps are those of ``[[elicit.steps]]``, in order (`pipeline.strategies`); the default is one, KARD's labelling.
 Counts: ``seed_questions = questions + unanswerable + not_chosen`` and ``requests = answered + failed``;
-``cached`` and ``truncated`` are parts of ``answered``. Unanswerable questions have nothing to explain: curation
+``cached`` and ``truncated`` are parts of ``answered``. For each step
+``proposed = kept + rejected + unparsed + error`` (facts). Unanswerable questions have nothing to explain: curation
 makes their rows.
 """
 
@@ -13,99 +17,84 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+from domains.config import DomainConfig
 from domains.domain import Domain
 from domains.errors import StageError
 from domains.jsonl import write_jsonl
-from domains.records import Passage, Question, Rationale
-from pipeline.asking import Answers, Estimate, answer_all, estimate, raise_for_failures
+from domains.records import Passage, Question
 from pipeline.ledger import Ledger
-from pipeline.progress import Progress
+from pipeline.progress import Progress, Silent
 from pipeline.run_folder import Report, Run, disk_errors, need
-from pipeline.teacher import Request, Teacher
+from pipeline.strategies.context import Material, Role
+from pipeline.strategies.desk import Desk, Voice
+from pipeline.strategies.flow import Flow, rationales_of
+from pipeline.strategies.plan import Plan, plan_steps, prepare
+from pipeline.strategies.row import passage_row, seed_row
+from pipeline.teacher import Teacher
 from pipeline.teacher_endpoint import EndpointTeacher
 from pipeline.teacher_local import LocalTeacher
-from pipeline.teacher_passages import Find, teacher_passages
-from pipeline.teacher_prompt import read_reply, reference, teacher_messages
-
-TERMS = (
-    "Note: the terms of many providers, OpenAI among them, restrict training models that compete with theirs "
-    "on the outputs of their models. Read the terms of {host} before you go on."
-)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request with what it was made from."""
-
-    request: Request
-    question: Question
-    passages: list[Passage]
+from pipeline.teacher_passages import teacher_passages
+from pipeline.teacher_prompt import reference
 
 
 def run(domain: Domain, run: Run, progress: Progress) -> Report:
-    """Ask the teacher for rationales of the chosen seed questions.
+    """Run the steps over the chosen seed questions.
 
     Raises:
-        StageError: no seed questions, no index, or more than half of the requests failed.
+        ConfigError: the steps can't run in this order, or a prompt is wrong (before the first request).
+        StageError: no seed questions, no index, most requests failed, or a step's teacher is too weak for it.
         BudgetExceeded: the cap would be passed; what was answered is kept.
         TeacherError: the teacher can't be asked.
     """
-    teacher = choose_teacher(domain, progress)
-    chosen, counts = _questions(domain)
-    asked = _requests(domain, run, teacher, chosen, progress)
     config = domain.config
-    with disk_errors(run.folder), Ledger(run.ledger) as ledger:
-        before = estimate([item.request for item in asked], teacher, ledger, currency=config.teacher.currency)
-        progress.say(describe(before, teacher.name))
-        if isinstance(teacher, EndpointTeacher) and before.cached < before.requests:
-            progress.say(TERMS.format(host=teacher.host))
-        answers = answer_all(
-            [item.request for item in asked],
-            teacher,
-            ledger,
-            max_cost=config.teacher.max_cost,
-            currency=config.teacher.currency,
-            progress=progress,
-        )
+    steps = prepare(config.elicit.steps, domain.prompts)
+    voices = _voices(domain, progress)
+    chosen, counts = _questions(domain)
+    with (
+        disk_errors(run.folder),
+        _material(domain, run, chosen, progress) as material,
+        Ledger(run.ledger) as ledger,
+    ):
+        desk = Desk(voices, ledger, config.teacher.max_cost, config.teacher.currency, progress)
+        flow = Flow(desk, material, run.steps, progress)
+        flow.start(seed=map(seed_row, chosen), doc=map(passage_row, material.passages.values()))
+        for step in steps:
+            flow.run(step)
         spent = ledger.totals(config.teacher.currency)
-        if len(answers.failures) * 2 > before.requests:
-            raise_for_failures(answers, total=before.requests)
-        write_jsonl(run.rationales, _rationales(asked, answers, teacher))
+        write_jsonl(run.generated, flow.generated())
+        write_jsonl(run.rationales, rationales_of(flow.rows["task"]))
     facts = {
-        "teacher": teacher.name,
-        "cost": sum(entry.cost for entry in answers.entries.values()),
+        "teacher": voices["teacher"].teacher.name,
+        "cost": sum(entry.cost for entry in desk.entries.values()),
         "spent_on_domain": spent.cost,
         "currency": config.teacher.currency,
-        "failures": dict(Counter(answers.failures.values()).most_common()),
+        "failures": dict(Counter(desk.failures.values()).most_common()),
+        "steps": flow.told,
     }
-    return Report(counts={**counts, **_count(asked, answers)}, facts=facts)
+    return Report(counts={**counts, **desk.counts(), **flow.counts()}, facts=facts)
 
 
-def plan(domain: Domain, run: Run, progress: Progress | None = None) -> tuple[list[Request], Estimate]:
-    """The requests that `run` would make, and what they may cost; asks nothing.
+def plan(domain: Domain, run: Run, progress: Progress | None = None) -> Plan:
+    """What `run` would ask and what it may cost at most, step by step; asks nothing.
 
     Raises:
+        ConfigError: as `run`.
         StageError: no seed questions, or no index.
     """
-    teacher = choose_teacher(domain, progress)
+    config, progress = domain.config, progress or Silent()
+    steps = prepare(config.elicit.steps, domain.prompts)
+    voices = _voices(domain, progress)
     chosen, _ = _questions(domain)
-    asked = _requests(domain, run, teacher, chosen, progress)
-    requests = [item.request for item in asked]
-    with Ledger(run.ledger) as ledger:
-        return requests, estimate(requests, teacher, ledger, currency=domain.config.teacher.currency)
-
-
-def describe(estimate: Estimate, teacher: str) -> str:
-    """An estimate in one line."""
-    new = estimate.requests - estimate.cached
-    return (
-        f"{estimate.requests} requests to {teacher}, {estimate.cached} of them answered before. "
-        f"The other {new}: about {estimate.prompt_tokens:,} tokens of prompts, at most "
-        f"{estimate.max_completion_tokens:,} of replies, at most {estimate.max_cost:.4f} {estimate.currency}."
-    )
+    with _material(domain, run, chosen, progress) as material, Ledger(run.ledger) as ledger:
+        desk = Desk(voices, ledger, config.teacher.max_cost, config.teacher.currency, progress)
+        rows = {
+            "seed": [seed_row(question) for question in chosen],
+            "doc": [passage_row(passage) for passage in material.passages.values()],
+        }
+        return plan_steps(steps, rows, material, desk)
 
 
 def choose_teacher(domain: Domain, progress: Progress | None = None) -> Teacher:
@@ -123,11 +112,31 @@ def choose_teacher(domain: Domain, progress: Progress | None = None) -> Teacher:
             weak = "" if kind == "endpoint" else "; a small local teacher explains far worse than a large one"
             name = config.teacher.model if kind == "endpoint" else config.teacher.gguf
             progress.say(f"Teacher: {name} ({kind}), because {why}{weak}.")
+    return _teacher(config, kind)
+
+
+def _voices(domain: Domain, progress: Progress) -> dict[Role, Voice]:
+    """Who is asked as teacher and who as judge: the same one, but for what ``[elicit.judge]`` says."""
+    config = domain.config
+    teacher = choose_teacher(domain, progress)
+    own = config.elicit.judge.model_dump(exclude_none=True)
+    temperature = own.pop("temperature")
+    judge = teacher
+    if own:
+        kind = own.pop("kind", "endpoint" if isinstance(teacher, EndpointTeacher) else "local")
+        judge = _teacher(config.model_copy(update={"teacher": config.teacher.model_copy(update=own)}), kind)
+    return {
+        "teacher": Voice(teacher, config.teacher.temperature, config.teacher.max_tokens),
+        "judge": Voice(judge, temperature, config.teacher.max_tokens),
+    }
+
+
+def _teacher(config: DomainConfig, kind: str) -> Teacher:
     if kind == "endpoint":
         return EndpointTeacher(
             base_url=config.teacher.base_url,
             model=config.teacher.model,
-            api_key_env=key_env,
+            api_key_env=config.teacher.api_key_env,
             concurrency=config.teacher.concurrency,
             timeout_s=config.teacher.timeout_s,
             max_retries=config.teacher.max_retries,
@@ -179,75 +188,30 @@ def _questions(domain: Domain) -> tuple[list[Question], dict[str, int]]:
     }
 
 
-def _requests(
-    domain: Domain, run: Run, teacher: Teacher, chosen: Sequence[Question], progress: Progress | None
-) -> list[Asked]:
+@contextmanager
+def _material(domain: Domain, run: Run, chosen: Sequence[Question], progress: Progress) -> Iterator[Material]:
+    """What strategies work with; the passages for the chosen questions are found at once, for others when needed."""
     from rag.retrieve import open_retriever
 
-    with open_retriever(need(run.index, stage="index"), domain.config.retrieve) as retriever:
-        passages = retriever.index.passages
-        return build_requests(domain, passages, retriever.find, teacher, chosen, progress)
-
-
-def build_requests(
-    domain: Domain,
-    passages: Sequence[Passage],
-    find: Find,
-    teacher: Teacher,
-    chosen: Sequence[Question],
-    progress: Progress | None,
-) -> list[Asked]:
-    """One request per question and sample (one sample at temperature 0: the others would be copies)."""
     config = domain.config
-    samples = config.elicit.samples if config.teacher.temperature > 0 else 1
-    if progress is not None:
+    with open_retriever(need(run.index, stage="index"), config.retrieve) as retriever:
+        shown = teacher_passages(retriever.index.passages, retriever.find, top_k=config.retrieve.top_k)
+        found: dict[str, list[Passage]] = {}
+
+        def evidence(question: Question) -> list[Passage]:
+            if question.id not in found:
+                found[question.id] = shown(question, reference(question))
+            return found[question.id]
+
         progress.start("finding passages for the teacher", len(chosen))
-    asked = []
-    shown = teacher_passages(passages, find, top_k=config.retrieve.top_k)
-    for question in chosen:
-        evidence = shown(question, reference(question))
-        messages = teacher_messages(domain.prompts["teacher"], question, evidence)
-        for sample in range(samples):
-            request = Request(
-                model=teacher.identity,
-                messages=messages,
-                temperature=config.teacher.temperature,
-                max_tokens=config.teacher.max_tokens,
-                sample=sample,
-            )
-            asked.append(Asked(request, question, evidence))
-        if progress is not None:
+        for question in chosen:
+            evidence(question)
             progress.advance()
-    return asked
-
-
-def _rationales(asked: Sequence[Asked], answers: Answers, teacher: Teacher) -> list[Rationale]:
-    rationales = []
-    for item in asked:
-        entry = answers.entries.get(item.request.key)
-        if entry is None:
-            continue
-        text, answer = read_reply(entry.text)
-        rationales.append(
-            Rationale(
-                question_id=item.question.id,
-                sample=item.request.sample,
-                text=text,
-                answer=answer,
-                passages=[passage.passage_id for passage in item.passages],
-                teacher=teacher.name,
-                request=entry.key,
-            )
+        yield Material(
+            questions=domain.read_questions(),
+            passages=retriever.index.by_id,
+            evidence=evidence,
+            instruction=domain.prompts["teacher"],
+            seed=config.elicit.seed,
+            samples=config.elicit.samples,
         )
-    return rationales
-
-
-def _count(asked: Sequence[Asked], answers: Answers) -> dict[str, int]:
-    keys = {item.request.key for item in asked}
-    return {
-        "requests": len(keys),
-        "cached": answers.cached,
-        "answered": len(answers.entries),
-        "failed": len(answers.failures),
-        "truncated": sum(entry.truncated for entry in answers.entries.values()),
-    }

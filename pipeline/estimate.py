@@ -17,9 +17,27 @@ from pipeline.run_folder import Finished
 from serve.models import SMOLLM2, cache_folder
 
 # Seconds per unit on 2 cores with the default model; the unit is what `_work` counts.
-MEASURED = {"index": 6.5e-5, "elicit": 1.0, "curate": 0.01, "train": 1.1, "export": 47.0, "exam": 0.7}
+MEASURED = {
+    "index": 6.5e-5,
+    "elicit": 1.0,
+    "curate": 0.01,
+    "rerank": 0.3,
+    "train": 1.1,
+    "export": 47.0,
+    "calibrate": 0.7,
+    "exam": 0.7,
+}
 # Fewer units than these say little about the speed: a stage's start-up would count.
-ENOUGH = {"index": 50_000, "elicit": 50, "curate": 50, "train": 50, "export": 1, "exam": 100}
+ENOUGH = {
+    "index": 50_000,
+    "elicit": 50,
+    "curate": 50,
+    "rerank": 50,
+    "train": 50,
+    "export": 1,
+    "calibrate": 60,
+    "exam": 100,
+}
 # Billions of parameters, for sizes; an unknown base counts as 1.
 BILLIONS = {
     SMOLLM2: 0.135,
@@ -50,7 +68,11 @@ def estimate(domain: Domain) -> Estimate:
     rates = {**MEASURED, **_own_rates()}
     work = _work(domain)
     scale = {
-        stage: (_billions(config.student.base) / 0.135 if stage in {"train", "export", "exam"} else 1.0)
+        stage: (
+            _billions(config.student.base) / 0.135
+            if stage in {"train", "export", "calibrate", "exam"}
+            else 1.0
+        )
         for stage in work
     }
     weights = _billions(config.student.base) * 1e9
@@ -105,8 +127,10 @@ def _work(domain: Domain) -> dict[str, float]:
         "index": _corpus_bytes(domain),
         "elicit": asked * config.elicit.samples,
         "curate": asked * config.elicit.samples,
+        "rerank": asked * config.rerank.epochs if config.rerank.enabled else 0.0,
         "train": rows * config.train.epochs,
         "export": 1.0,
+        "calibrate": min(config.calibrate.questions or 2 * seeds, 2 * seeds) * config.calibrate.enabled,
         "exam": min(config.exam.questions or exams, exams) * 5,
     }
 

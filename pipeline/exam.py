@@ -29,14 +29,13 @@ from domains.jsonl import write_text_atomic
 from domains.records import Passage, Question
 from pipeline.arms import DEPTH, PARALLEL, Arm, Conditions, Remembered, ask_arms
 from pipeline.base_gguf import base_gguf
+from pipeline.bundle import note_files
 from pipeline.progress import Progress
 from pipeline.report import render_report
 from pipeline.run_folder import Report, Run, need
 from pipeline.summary import Sources, summarise
 from serve.assistant import Retrieves
 from serve.engine import Engine
-from serve.manifest import MANIFEST, BundleFile, read_manifest, write_manifest
-from serve.models import sha256_file
 
 REPORTS = ("report.json", "report.html")
 
@@ -56,7 +55,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
     pool, seen = exam_questions(domain)
     questions = draw_questions(pool, count=config.exam.questions, seed=config.exam.seed)
     base = base_gguf(config.student.base)
-    with open_retriever(need(run.index, stage="index"), config.retrieve) as retriever:
+    with open_retriever(need(run.index, stage="index"), config.retrieve, config.rerank) as retriever:
         return examine(
             run,
             questions,
@@ -82,6 +81,7 @@ def _conditions(domain: Domain) -> Conditions:
         top_k=config.retrieve.top_k,
         max_tokens=config.exam.max_tokens,
         context=config.student.context,
+        reflect=config.reflect,
     )
 
 
@@ -128,7 +128,7 @@ def examine(
         about: the domain as the report names it.
         progress: told what happens.
     """
-    remembered = Remembered(retriever, depth=max(DEPTH, conditions.top_k))
+    remembered = Remembered(retriever, depth=max(DEPTH, conditions.depth))
     rows = ask_arms(
         arms_of(models),
         questions,
@@ -153,7 +153,7 @@ def examine(
     )
     write_text_atomic(run.bundle / REPORTS[0], json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     write_text_atomic(run.bundle / REPORTS[1], render_report(report))
-    _note_in_manifest(run.bundle)
+    note_files(run.bundle, REPORTS)
     for lost in report["left_out"]["gold_not_found"]:
         progress.say(f"question {lost['question']}: its gold quote stands nowhere: {lost['quote'][:80]!r}")
     if report["n_seen_documents"]:
@@ -161,6 +161,8 @@ def examine(
             f"{report['n_seen_documents']} of the exam's {report['n_documents']} documents have seed questions too: "
             "the exam does not show what happens on new documents"
         )
+    for line in report.get("reflection", {}).get("warnings", []):
+        progress.say(line)
     progress.say(report["verdict"])
     return _stage_report(report)
 
@@ -170,9 +172,9 @@ def arms_of(models: dict[str, Path]) -> list[Arm]:
     return [
         Arm("base", models["base"], with_passages=False),
         Arm("base_rag", models["base"], with_passages=True),
-        Arm("tuned", models["tuned"], with_passages=False),
-        Arm("tuned_rag", models["tuned"], with_passages=True),
-        Arm("exported_rag", models["exported"], with_passages=True),
+        Arm("tuned", models["tuned"], with_passages=False, reflects=True),
+        Arm("tuned_rag", models["tuned"], with_passages=True, reflects=True),
+        Arm("exported_rag", models["exported"], with_passages=True, reflects=True),
     ]
 
 
@@ -242,16 +244,3 @@ def draw_questions(pool: Sequence[Question], *, count: int, seed: int) -> list[Q
 
 def _draw_order(name: str, seed: int) -> str:
     return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
-
-
-def _note_in_manifest(bundle: Path) -> None:
-    """The report belongs to the bundle: its hashes stand in the manifest like those of the other files."""
-    if not (bundle / MANIFEST).is_file():
-        return
-    entries = {
-        name: BundleFile(sha256=sha256_file(bundle / name), size_bytes=(bundle / name).stat().st_size)
-        for name in REPORTS
-    }
-    manifest = read_manifest(bundle)
-    files = dict(sorted({**manifest.files, **entries}.items()))
-    write_manifest(bundle, manifest.model_copy(update={"files": files}))

@@ -91,13 +91,14 @@ def _exam_turns(domain: Domain, run: Run, questions: Sequence[Question]) -> list
     from rag.retrieve import open_retriever
 
     config = domain.config
-    with open_retriever(need(run.index, stage="index"), config.retrieve) as retriever:
+    with open_retriever(need(run.index, stage="index"), config.retrieve, config.rerank) as retriever:
         return exam_turns(
             questions,
             lambda query: retriever.find(query, config.retrieve.top_k),
             system=domain.prompts["system"],
             abstain=config.domain.abstain,
             count=config.parity.prompts,
+            backend=config.reflect.backend,
         )
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # gguf.TokenType
+# Arrays with one entry a token, and which part of an appended token they take.
+_PER_TOKEN = {"tokenizer.ggml.tokens": 0, "tokenizer.ggml.token_type": 1, "tokenizer.ggml.scores": 2}
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -71,8 +73,17 @@ def write_vocabulary(
     writer.add_chat_template(template)
 
 
-def copy_vocabulary(writer: GGUFWriter, source: Path, *, template: str, size: int) -> None:
+def copy_vocabulary(
+    writer: GGUFWriter, source: Path, *, template: str, size: int, tokenizer: Any = None
+) -> None:
     """Take over every ``tokenizer.*`` key of another GGUF file, but for the chat template.
+
+    Args:
+        writer: of the new file.
+        source: the other file.
+        template: the chat template.
+        size: rows of the new file's embedding.
+        tokenizer: where it has tokens that ``source`` lacks, they are appended, and rows up to ``size``.
 
     Raises:
         ModelError: the file is damaged, or its vocabulary has another size.
@@ -82,7 +93,8 @@ def copy_vocabulary(writer: GGUFWriter, source: Path, *, template: str, size: in
     facts = check_gguf(source, arrays=True)
     tokens = facts.metadata.get("tokenizer.ggml.tokens")
     count = tokens.count if isinstance(tokens, Array) else 0
-    if count != size:
+    more = _appended(tokenizer, count, size)
+    if count + len(more) != size:
         raise ModelError(
             f"{source} has {count} tokens, the model {size}",
             expected="the GGUF file that the model was loaded from",
@@ -93,10 +105,19 @@ def copy_vocabulary(writer: GGUFWriter, source: Path, *, template: str, size: in
             continue
         kind = GGUFValueType(facts.kinds[key])
         if isinstance(value, Array):
-            writer.add_key_value(key, list(value.values), kind, GGUFValueType(value.kind))
+            extra = [row[_PER_TOKEN[key]] for row in more] if key in _PER_TOKEN else []
+            writer.add_key_value(key, [*value.values, *extra], kind, GGUFValueType(value.kind))
         else:
             writer.add_key_value(key, value, kind)
     writer.add_chat_template(template)
+
+
+def _appended(tokenizer: Any, count: int, size: int) -> list[tuple[str, int, float]]:
+    """(text, type, score) of the tokens from ``count`` on; none where nothing was added to the tokenizer."""
+    if tokenizer is None or len(tokenizer) <= count:
+        return []
+    texts, kinds = _tokens(json.loads(tokenizer.backend_tokenizer.to_str()), size)
+    return [(text, kind, 0.0) for text, kind in zip(texts[count:], kinds[count:], strict=True)]
 
 
 def pre_tokenizer_name(data: dict[str, Any]) -> str:

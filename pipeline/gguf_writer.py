@@ -117,7 +117,9 @@ def write_llama_gguf(
     writer = GGUFWriter(None, "llama")
     _write_facts(writer, config, name=name, licence=licence, file_type=file_type)
     if copy_tokenizer_from is not None:
-        copy_vocabulary(writer, copy_tokenizer_from, template=template, size=config.vocab_size)
+        copy_vocabulary(
+            writer, copy_tokenizer_from, template=template, size=config.vocab_size, tokenizer=tokenizer
+        )
     else:
         write_vocabulary(
             writer, tokenizer, template=template, size=config.vocab_size, end_of_turn=end_of_turn

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def merge_adapter(model: Any) -> Any:
     """The network without an adapter: every linear layer plain, float32, base + adapter.
 
-    Embeddings and norms stay as they are. The model given is taken apart: layers move one by one, so memory
+    Embeddings and norms stay as they are, but for the rows of added tokens that were trained. The model given is taken apart: layers move one by one, so memory
     never holds both networks.
 
     Args:
@@ -32,6 +32,7 @@ def merge_adapter(model: Any) -> Any:
     """
     import torch
     from peft.tuners.lora import LoraLayer
+    from peft.utils.other import TrainableTokensWrapper
 
     network = model.get_base_model() if hasattr(model, "get_base_model") else model
     merged = 0
@@ -40,6 +41,10 @@ def merge_adapter(model: Any) -> Any:
             if isinstance(module, LoraLayer):
                 _replace(network, path, _merged_weight(module, path))
                 merged += 1
+        for path, module in list(network.named_modules()):
+            if isinstance(module, TrainableTokensWrapper):
+                parent, _, name = path.rpartition(".")
+                setattr(network.get_submodule(parent), name, _with_rows(module.token_adapter, path))
         for path, module in list(network.named_modules()):
             if isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear:
                 _replace(network, path, _base_weight(module))
@@ -55,17 +60,34 @@ def merge_adapter(model: Any) -> Any:
     return network.float().eval()
 
 
-def _merged_weight(layer: Any, path: str) -> torch.Tensor:
-    weight = _base_weight(layer.get_base_layer())
+def _with_rows(layer: Any, path: str) -> Any:
+    """The plain embedding or head, its trained rows in place."""
+    import torch
+
+    base = layer.get_base_layer()
+    weight = base.weight.detach().float()
     for name in layer.active_adapters:
-        delta = layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float()
-        weight = weight + layer.scaling[name] * delta.to(weight.device)
+        weight[layer.token_indices[name]] = layer.trainable_tokens_delta[name].detach().float().to(weight)
+    _check_finite(weight, path)
+    base.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return base
+
+
+def _check_finite(weight: torch.Tensor, path: str) -> None:
     if not weight.isfinite().all():
         raise ModelError(
             f"the merged weight of {path!r} holds numbers that are not finite",
             expected="a training run that converged",
             next_step="lower [train] learning_rate, then preceptor train DOMAIN",
         )
+
+
+def _merged_weight(layer: Any, path: str) -> torch.Tensor:
+    weight = _base_weight(layer.get_base_layer())
+    for name in layer.active_adapters:
+        delta = layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float()
+        weight = weight + layer.scaling[name] * delta.to(weight.device)
+    _check_finite(weight, path)
     return weight
 
 

@@ -32,8 +32,10 @@ from dataclasses import dataclass
 
 from domains.records import Answer, Citation, Hit, Passage, Question
 from domains.words import find_literal
+from pipeline.reflection_report import mark_reflection
 from rag.answers import is_abstention, one_reply, parse_option, parse_reply, parse_yes_no
 from rag.citations import check_quotes
+from rag.sentences import citation_quality
 
 Mark = tuple[float, float]
 Span = tuple[int, int]
@@ -187,13 +189,14 @@ def mark_answer(
     if answer is not None:
         marks |= _mark_evidence(question, answer, gold)
         marks |= _mark_withdrawal(question, answer, score=marks["score"][0])
+        marks |= mark_reflection(answer.reflection)
         marks["tokens_per_s"] = (answer.completion_tokens, seconds)
         marks["seconds_per_question"] = (seconds, 1)
     return marks
 
 
 def _mark_withdrawal(question: Question, answer: Answer, *, score: float) -> dict[str, Mark]:
-    """What ``[serve] withdraw_unsupported`` makes of the answer: withdrawn when no shown passage supports it.
+    """What ``[serve] unsupported = "withdraw"`` makes of the answer: withdrawn when no shown passage supports it.
 
     Only for answers that were shown passages.
     """
@@ -243,7 +246,7 @@ def _mark_evidence(question: Question, answer: Answer, gold: Sequence[Gold]) -> 
     passages = [hit.passage for hit in answer.passages]
     if not passages:
         return {}
-    marks: dict[str, Mark] = {}
+    marks = _mark_statements(answer, passages)
     if quotes := parse_reply(one_reply(answer.raw)).quotes:
         _, rejected = check_quotes(quotes, passages)
         marks["quote_validity"] = (len(quotes) - len(rejected), len(quotes))
@@ -258,6 +261,21 @@ def _mark_evidence(question: Question, answer: Answer, gold: Sequence[Gold]) -> 
     if gold:
         covered = sum(any(covers(citation, item) for citation in real) for item in gold)
         marks["citation_recall"] = (covered, len(gold))
+    return marks
+
+
+def _mark_statements(answer: Answer, passages: Sequence[Passage]) -> dict[str, Mark]:
+    """ALCE's citation recall and precision (arXiv 2305.14627) with literal support, see `rag.sentences`.
+
+    They ask whether the citations carry what is said, not whether it is right.
+    """
+    if answer.support == "abstained" or not answer.statements:
+        return {}
+    texts = [statement.text for statement in answer.statements]
+    carried, needed = citation_quality(texts, answer.citations, passages, question=answer.question)
+    marks: dict[str, Mark] = {"alce_recall": (carried, len(texts))}
+    if answer.citations:
+        marks["alce_precision"] = (needed, len(answer.citations))
     return marks
 
 

@@ -25,16 +25,28 @@ ATTENTION = "preceptor_packed"
 
 @dataclass(frozen=True)
 class Row:
-    """An example as token ids: the first ``n_prompt`` are given, the rest is supervised."""
+    """An example as token ids: the first ``n_prompt`` are given, the rest is supervised.
+
+    ``given`` are further ranges [start, end) of tokens that are not: the passages inside a reflected answer.
+    """
 
     id: str
     ids: tuple[int, ...]
     n_prompt: int
+    given: tuple[tuple[int, int], ...] = ()
 
     @property
     def supervised(self) -> int:
-        """Tokens that count in the loss: the completion and the end of the turn."""
-        return len(self.ids) - self.n_prompt
+        """Tokens that count in the loss: the completion and the end of the turn, without what is given."""
+        return len(self.ids) - self.n_prompt - sum(end - start for start, end in self.given)
+
+    @property
+    def labels(self) -> list[int]:
+        """Each token's own id where it is supervised, `IGNORED` elsewhere."""
+        labels = [IGNORED] * self.n_prompt + list(self.ids[self.n_prompt :])
+        for start, end in self.given:
+            labels[start:end] = [IGNORED] * (end - start)
+        return labels
 
 
 @dataclass(frozen=True)
@@ -65,9 +77,8 @@ class Pack:
 
     @property
     def labels(self) -> torch.Tensor:
-        """[tokens]; each token's own id where it is supervised (not shifted), `IGNORED` on prompts."""
-        given = [[IGNORED] * row.n_prompt + list(row.ids[row.n_prompt :]) for row in self.rows]
-        return torch.tensor([label for labels in given for label in labels])
+        """[tokens]; each token's own id where it is supervised (not shifted), `IGNORED` where it is given."""
+        return torch.tensor([label for row in self.rows for label in row.labels])
 
     @property
     def segment_ids(self) -> torch.Tensor:
@@ -90,12 +101,33 @@ def encode_examples(
     rows, too_long = [], []
     for example in examples:
         prompt = encode_prompt(base, render_prompt(base, example.messages))
-        completion = [*encode_completion(base, example.completion), base.end_of_turn]
-        if len(prompt) + len(completion) > max_tokens:
+        completion, given = _encode_pieces(base, example, first=len(prompt))
+        ids = (*prompt, *completion, base.end_of_turn)
+        if len(ids) > max_tokens:
             too_long.append(example.id)
         else:
-            rows.append(Row(id=example.id, ids=(*prompt, *completion), n_prompt=len(prompt)))
+            rows.append(Row(id=example.id, ids=ids, n_prompt=len(prompt), given=given))
     return rows, too_long
+
+
+def _encode_pieces(
+    base: Base, example: Example, *, first: int
+) -> tuple[list[int], tuple[tuple[int, int], ...]]:
+    """A completion's tokens, and the ranges of its unsupervised pieces when it begins at token ``first``.
+
+    Pieces are tokenized apart, so that no token lies on both sides of a boundary. (Self-RAG's release looks for
+    the mark-up in the tokens and masks from the first passage to the end of the last, sentences included.)
+    """
+    ids: list[int] = []
+    given: list[tuple[int, int]] = []
+    done = 0
+    for start, end in example.unsupervised:
+        ids += encode_completion(base, example.completion[done:start])
+        inside = encode_completion(base, example.completion[start:end])
+        given.append((first + len(ids), first + len(ids) + len(inside)))
+        ids += inside
+        done = end
+    return [*ids, *encode_completion(base, example.completion[done:])], tuple(given)
 
 
 def pack(rows: Sequence[Row], pack_tokens: int, *, seed: int, epoch: int) -> list[Pack]:

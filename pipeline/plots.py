@@ -6,6 +6,7 @@ Texts and axes take the page's colour (``currentColor``), so that a plot can be 
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
 _WIDTH = 4.9  # inches; 72 points each, so that a point is about a CSS pixel on a phone
 _ACCENT, _MUTED, _BAD = "#2a7f8e", "#8a8f98", "#c8553d"
+_LINES = ((_MUTED, "-"), (_BAD, "--"), (_ACCENT, "-"))
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "preceptor",
@@ -131,6 +133,62 @@ def plot_curation(counts: Mapping[str, int]) -> str:
         axes.set_xlabel("rationales")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.tick_params(axis="y", length=0)
+    return out[0]
+
+
+def plot_risk(curves: Mapping[str, Sequence[Sequence[float]]], labels: Mapping[str, str]) -> str:
+    """The share of wrong answers against the share of answers given, the surest first; one line per arm.
+
+    Args:
+        curves: ``{arm: [[coverage, risk], …]}``, both in [0, 1].
+        labels: the arms' names for people.
+    """
+    with _figure(height=3.0, label="Share of wrong answers by share of answers given") as (figure, out):
+        axes = figure.add_subplot()
+        for (arm, points), style in zip(curves.items(), itertools.cycle(_LINES), strict=False):
+            coverage, risk = zip(*points, strict=True)
+            colour, line = style
+            axes.plot(coverage, risk, color=colour, linestyle=line, linewidth=1.8, label=labels.get(arm, arm))
+        axes.set_xlim(0, 1.02)
+        axes.set_ylim(-0.02, 1.02)
+        shares = [0, 0.25, 0.5, 0.75, 1]
+        axes.set_xticks(shares, [f"{100 * share:.0f}" for share in shares])
+        axes.set_yticks(shares, [f"{100 * share:.0f}" for share in shares])
+        axes.set_xlabel("answers given, the surest first, %")
+        axes.set_ylabel("of these wrong, %")
+        axes.grid(alpha=0.2)
+        axes.legend(fontsize=9)
+    return out[0]
+
+
+def plot_reliability(bins: Sequence[Mapping[str, float]], *, event: str) -> str:
+    """Predicted against observed shares; the diagonal is honest. Empty for no bins.
+
+    Args:
+        bins: ``confidence``, ``right`` (in [0, 1]) and ``answers`` of each, see `pipeline.selective.reliability`.
+        event: what was predicted, in words.
+    """
+    if not bins:
+        return ""
+    with _figure(height=3.2, label=f"Reliability: {event}") as (figure, out):
+        axes = figure.add_subplot()
+        axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, linestyle="--")
+        predicted, happened = [each["confidence"] for each in bins], [each["right"] for each in bins]
+        axes.plot(predicted, happened, color=_ACCENT, linewidth=1.8, marker="o", markersize=6)
+        for each in bins:
+            axes.annotate(
+                f"{each['answers']:.0f}",
+                (each["confidence"], each["right"]),
+                xytext=(0, 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+            )
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_ylim(-0.04, 1.12)
+        axes.set_xlabel("predicted share")
+        axes.set_ylabel(f"share where {event}", fontsize=9)
+        axes.grid(alpha=0.2)
     return out[0]
 
 

@@ -10,6 +10,7 @@ which is another network than the trained one. `attach_lora` gives every layer i
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,19 @@ def dequantized_base_weight(layer: Any) -> torch.Tensor:
     return weight.detach().float()
 
 
-def attach_lora(model: Any, *, rank: int, alpha: float, dropout: float, seed: int) -> Any:
+def attach_lora(
+    model: Any, *, rank: int, alpha: float, dropout: float, seed: int, token_rows: Sequence[int] = ()
+) -> Any:
     """LoRA on every linear layer of the blocks; the adapter's own weights are float32.
+
+    Args:
+        model: a ``LlamaForCausalLM``.
+        rank: of the adapter.
+        alpha: its scaling is alpha / rank.
+        dropout: on the adapter's input.
+        seed: of its first values.
+        token_rows: ids whose rows of the embedding and of the head are trained too (one and the same row where
+            these are tied): a new token's row would stay as it was put there under LoRA alone.
 
     Returns:
         A PEFT model; only the adapter is trainable.
@@ -104,11 +116,17 @@ def attach_lora(model: Any, *, rank: int, alpha: float, dropout: float, seed: in
         target_modules=list(BLOCK_LINEARS),
         bias="none",
         task_type="CAUSAL_LM",
+        trainable_token_indices=_trained_rows(model, token_rows) if token_rows else None,
     )
     with torch.random.fork_rng(), known_peft_warnings():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     return own_forward(adapted)
+
+
+def _trained_rows(model: Any, ids: Sequence[int]) -> dict[str, list[int]]:
+    matrices = ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
+    return {name: list(ids) for name in matrices}
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
@@ -121,13 +139,39 @@ def load_adapter(model: Any, folder: Path) -> Any:
 
 
 def own_forward(adapted: Any) -> Any:
-    """Give every LoRA layer the forward pass of this module; see its docstring for why."""
+    """Give every adapter layer the forward pass of this module; see its docstring for why."""
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
 
     for layer in adapted.modules():
         if isinstance(layer, LoraLayer):
             layer.forward = partial(_lora_forward, layer)
+        elif isinstance(layer, TrainableTokensLayer):
+            for name, rows in list(layer.trainable_tokens_delta.items()):
+                layer.trainable_tokens_delta[name] = nn.Parameter(rows.data.float(), rows.requires_grad)
+            layer.forward = partial(_rows_forward, layer)
     return adapted
+
+
+def _rows_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """An embedding or a head in which some rows are trained: only these take a gradient.
+
+    PEFT copies the trained rows into the whole matrix in every pass and takes that matrix' gradient, which
+    doubles the head's backward pass.
+    """
+    base = layer.get_base_layer()
+    is_head = isinstance(base, nn.Linear)
+    y = nn.functional.linear(x, base.weight) if is_head else nn.functional.embedding(x, base.weight)
+    if layer.disable_adapters or layer.merged:
+        return y
+    (name,) = layer.active_adapters
+    rows = layer.trainable_tokens_delta[name].to(y.dtype)
+    ids = torch.tensor(layer.token_indices[name], device=y.device)
+    if is_head:
+        return y.index_copy(-1, ids, nn.functional.linear(x, rows))
+    hits = x[..., None] == ids  # [..., rows]
+    ours = nn.functional.embedding(hits.int().argmax(-1), rows)
+    return torch.where(hits.any(-1, keepdim=True), ours, y)
 
 
 def _lora_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:

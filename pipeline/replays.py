@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Literal
 
-from domains.records import Message, Passage, Question
+from domains.records import Message, Passage, Question, Segment
 from pipeline.parity import Replay
 from pipeline.rows import answer_text, gold_quotes
 from pipeline.student import Base, encode_completion, encode_prompt, render_prompt
 from rag.answers import format_reply
 from rag.prompt import neutralise, render_question, student_messages
+from rag.reflection import render_segments
+from rag.verdicts import format_verdict
 
+Backend = Literal["none", "text", "tokens", "grader"]
 Turn = tuple[list[Message], str]
 _MOST_QUOTES = 2
 
@@ -23,6 +27,7 @@ def exam_turns(
     system: str,
     abstain: str,
     count: int,
+    backend: Backend = "none",
 ) -> list[Turn]:
     """Messages and completion of up to ``count`` exam questions.
 
@@ -34,6 +39,7 @@ def exam_turns(
         system: the student's system prompt.
         abstain: the completion's answer where nothing answers.
         count: most turns.
+        backend: ``[reflect] backend``: how a reply is written.
     """
     exam = [question for question in questions if question.split == "exam"]
     exam.sort(key=lambda question: hashlib.sha256(question.id.encode()).hexdigest())
@@ -41,8 +47,28 @@ def exam_turns(
     for question in exam[:count]:
         text = render_question(question)
         passages = retrieve(question.question)
-        turns.append((student_messages(system, text, passages), _completion(question, passages, abstain)))
+        shown = [] if backend == "tokens" else passages
+        completion = _completion(question, passages, abstain)
+        if backend == "tokens":
+            completion = _reflected(question, passages[:1], abstain)
+        elif backend == "text":
+            verdict = [bool(gold_quotes(question, [passage])) for passage in passages]
+            completion = f"{format_verdict(verdict)}\n{completion}"
+        turns.append((student_messages(system, text, shown), completion))
     return turns
+
+
+def _reflected(question: Question, passages: Sequence[Passage], abstain: str) -> str:
+    """A reply of one segment, with every kind of reflection token that it may have."""
+    text = _completion(question, passages, abstain)
+    segment = Segment(decision="no_retrieval", text=text)
+    if passages:
+        relevant = bool(gold_quotes(question, passages))
+        support: Literal["full"] | None = "full" if relevant else None
+        segment = Segment(
+            decision="retrieve", passage=passages[0], relevant=relevant, text=text, support=support
+        )
+    return "".join(piece.text for piece in render_segments([segment], 5))
 
 
 def _completion(question: Question, passages: Sequence[Passage], abstain: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.plots import plot_arms, plot_curation, plot_losses
+from pipeline.plots import plot_arms, plot_curation, plot_losses, plot_reliability, plot_risk
 from pipeline.verdict import points
 
 if TYPE_CHECKING:
@@ -45,7 +45,13 @@ METRICS = (
     ("citation_precision", "Citations right", "literal, and at the gold quote", "share"),
     ("citation_document", "Right document", "literal, from the gold document", "share"),
     ("citation_recall", "Gold quotes cited", "covered by a citation", "share"),
+    ("alce_recall", "Sentences carried", "by the citations of their answer (ALCE recall, literal)", "share"),
+    ("alce_precision", "Citations needed", "by some sentence (ALCE precision, literal)", "share"),
     ("quote_validity", "Quotes literal", "model's quotes that stand in a passage", "share"),
+    ("retrieval_rate", "Looks it up", "questions for which the student wanted passages", "share"),
+    ("group_missing", "Judgements missing", "that the student should have given", "share"),
+    ("judgement_unparsed", "Judgements unreadable", "replies with a verdict that could not be read", "share"),
+    ("passes_per_question", "Passes per question", "completions that one answer takes", "number"),
     ("too_long", "Too long", "prompt does not fit; counted as wrong", "share"),
     ("tokens_per_s", "Tokens per second", "written, prompts included, 8 questions at a time", "number"),
     ("seconds_per_question", "Seconds per question", "8 questions at a time", "number"),
@@ -97,6 +103,8 @@ def render_report(report: Mapping[str, Any]) -> str:
         "arms": plot_arms({arm: metrics["score"] for arm, metrics in report["arms"].items()}, ARM_LABELS),
         "losses": plot_losses(report["losses"]),
         "curation": plot_curation(curated),
+        **_reflection_plots(report.get("reflection")),
+        **_selective_plots(report.get("selective")),
     }
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         report=report,
@@ -109,6 +117,26 @@ def render_report(report: Mapping[str, Any]) -> str:
         support=_SUPPORT,
         curated=curated,
     )
+
+
+def _selective_plots(selective: Mapping[str, Any] | None) -> dict[str, str]:
+    """Risk by coverage of every arm, and how honest the served student's confidence is."""
+    if selective is None:
+        return {}
+    arms = selective["arms"]
+    served = arms.get("exported_rag", {})
+    return {
+        "risk": plot_risk({arm: found["curve"] for arm, found in arms.items()}, ARM_LABELS),
+        "confidence": plot_reliability(served.get("reliability", []), event="the answer is right"),
+    }
+
+
+def _reflection_plots(reflection: Mapping[str, Any] | None) -> dict[str, str]:
+    """The reliability of the served student's own judgement of support."""
+    arms = reflection["arms"] if reflection else {}
+    served = arms.get("exported_rag") or next(iter(arms.values()), None)
+    bins = served["support_reliability"] if served else []
+    return {"support": plot_reliability(bins, event="a passage supports the answer")}
 
 
 def exam_table(report: Mapping[str, Any]) -> Table:

@@ -1,6 +1,7 @@
 """Training rows: which passages a row shows, and what the student shall write about them.
 
     gold          the teacher's passages → quotes and the answer
+    rationale     what BM25 finds with the rationale (KARD, arXiv 2305.18395 §3.2) → quotes and the answer
     retrieved     the question's own retrieval, as in serving → quotes and the answer
     irrelevant    passages that do not answer (retrieval missed, or chosen so) → the abstention
     unanswerable  a question that no document answers, with its own retrieval → the abstention
@@ -29,7 +30,7 @@ from rag.prompt import neutralise, render_question, student_messages
 _ANSWERED_RECALL = 0.5
 _QUOTE_CHARS = (8, 600)
 
-Origin = Literal["gold", "retrieved", "irrelevant", "unanswerable"]
+Origin = Literal["gold", "rationale", "retrieved", "irrelevant", "unanswerable"]
 Retrieve = Callable[[str, int], list[Passage]]
 NumberedQuote = tuple[str, int]
 T = TypeVar("T")
@@ -114,6 +115,19 @@ def may_answer(question: Question, passages: Sequence[Passage]) -> bool:
     )
 
 
+def distractors(question: Question, retrieve: Retrieve, *, top_k: int) -> list[Passage]:
+    """The nearest passages of other documents that do not answer, at most ``top_k``."""
+    homes = {question.about, *(gold.doc_id for gold in question.gold)}
+    others = [
+        passage
+        for passage in retrieve(question.question, 8 * top_k)
+        if passage.doc_id not in homes
+        and not gold_quotes(question, [passage])
+        and not may_answer(question, [passage])
+    ]
+    return others[:top_k]
+
+
 @dataclass(frozen=True)
 class RowBuilder:
     """Makes rows of one domain.
@@ -122,6 +136,8 @@ class RowBuilder:
         system: the student's system prompt.
         abstain: the domain's abstention.
         retrieve: (query, top_k) → passages, best first.
+        by_rationale: finds passages with a rationale for those rows that do not take them from the question's
+            own retrieval; None shows the teacher's passages.
         top_k: passages of a row that are taken from retrieval.
         rationale_in_target: whether the student learns to write the rationale too.
         seed: orders what is chosen.
@@ -133,6 +149,7 @@ class RowBuilder:
     top_k: int
     rationale_in_target: bool
     seed: int
+    by_rationale: Retrieve | None = None
 
     def build(
         self,
@@ -195,7 +212,20 @@ class RowBuilder:
                     item.question, passages, "irrelevant", request=item.rationale.request
                 )
         counts["retrieved_missed"] = missed
-        return [made.get(id(item)) or self._answer(item, item.passages, "gold") for item in kept], missed
+        return [made.get(id(item)) or self._taught(item, counts) for item in kept], missed
+
+    def _taught(self, item: Kept, counts: Counter[str]) -> Example:
+        """A row that answers: KARD's passages where they carry a quote, else those that the teacher saw.
+
+        KARD's query is the rationale with its answer (§3.2; the release's ``reasoning`` field).
+        """
+        if self.by_rationale is not None:
+            query = f"{prose(item.rationale.text)}\nAnswer: {answer_text(item.question)}"
+            passages = self.by_rationale(query, self.top_k)
+            if gold_quotes(item.question, passages) or own_quotes(item.rationale, passages):
+                return self._answer(item, passages, "rationale")
+            counts["rationale_missed"] += 1
+        return self._answer(item, item.passages, "gold")
 
     def _irrelevant(self, kept: Sequence[Kept], wanted: int) -> list[Example]:
         """Up to ``wanted`` rows of answerable questions with the nearest passages that do not answer."""
@@ -208,17 +238,9 @@ class RowBuilder:
             if question.id in seen:
                 continue
             seen.add(question.id)
-            homes = {question.about, *(gold.doc_id for gold in question.gold)}
-            others = [
-                passage
-                for passage in self.retrieve(question.question, 8 * self.top_k)
-                if passage.doc_id not in homes
-                and not gold_quotes(question, [passage])
-                and not may_answer(question, [passage])
-            ]
-            if others:
+            if others := distractors(question, self.retrieve, top_k=self.top_k):
                 request = item.rationale.request
-                rows.append(self._abstention(question, others[: self.top_k], "irrelevant", request=request))
+                rows.append(self._abstention(question, others, "irrelevant", request=request))
         return rows
 
     def _retrieved(self, question: Question) -> list[Passage]:

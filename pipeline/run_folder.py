@@ -5,9 +5,13 @@ runs/<domain>/latest             link to the run that finished last
 runs/<domain>/<name>/
     run.json                     per finished stage: fingerprint, counts, facts, seconds
     rationales.jsonl             elicit
-    train.jsonl rejected.jsonl   curate
+    generated.jsonl              elicit: new seed questions (mostly none)
+    elicit/                      every row of every step of elicit, with its status and reason
+    train.jsonl rejected.jsonl   curate (critiques.jsonl too, where answers reflect)
+    rerank/                      what the reranker learnt from, and how it fared
     train/                       adapter, checkpoint, loss curve
     export/                      merged student in F16, importance matrix
+    calibration.jsonl            development answers with their signals
     exam/                        every answer of every arm
     bundle/                      what is served: GGUF files, index, domain.toml, prompts, reports
 """
@@ -75,14 +79,39 @@ class Run:
         return self.folder / "rationales.jsonl"
 
     @property
+    def generated(self) -> Path:
+        """`Question` records that the teacher wrote; always seed questions."""
+        return self.folder / "generated.jsonl"
+
+    @property
+    def steps(self) -> Path:
+        """The elicit stage's folder: ``<n>-<strategy>.jsonl`` with every row of every step."""
+        return self.folder / "elicit"
+
+    @property
     def examples(self) -> Path:
         """`Example` records kept for training."""
         return self.folder / "train.jsonl"
 
     @property
+    def critiques(self) -> Path:
+        """`Critique` records: the labels behind reflected training rows."""
+        return self.folder / "critiques.jsonl"
+
+    @property
     def rejections(self) -> Path:
         """`Rejection` records."""
         return self.folder / "rejected.jsonl"
+
+    @property
+    def rerank(self) -> Path:
+        """The rerank stage's folder: ``pools.jsonl``, ``result.json``."""
+        return self.folder / "rerank"
+
+    @property
+    def reranker(self) -> Path:
+        """The reranker, part of the bundle, beside the index; only where it is enabled."""
+        return self.bundle / "reranker"
 
     @property
     def training(self) -> Path:
@@ -93,6 +122,11 @@ class Run:
     def export(self) -> Path:
         """The export stage's own folder: ``student-F16.gguf``, ``imatrix.npz``."""
         return self.folder / "export"
+
+    @property
+    def calibration(self) -> Path:
+        """The development answers that the calibration was fitted to."""
+        return self.folder / "calibration.jsonl"
 
     @property
     def exam(self) -> Path:

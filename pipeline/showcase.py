@@ -36,14 +36,18 @@ def first_answer(domain: Domain, run: Run) -> Answer | None:
     return next((answer for answer in answers if answer.citations), answers[0])
 
 
-def cited_sample(run: Run) -> Answer | None:
-    """The exported student's first answer to an open exam question that rests on a checked quote of its own."""
+def cited_sample(run: Run, domain: Domain) -> tuple[Answer | None, str]:
+    """The exported student's first answer to an open exam question that rests on a checked quote, and the reference.
+
+    Right or wrong: it is a sample, not the best one. (None, "") where there is no such answer.
+    """
     from domains.jsonl import read_jsonl
     from pipeline.arms import Row
 
     path = run.exam / "exported_rag.jsonl"
     rows = read_jsonl(path, Row) if path.exists() else []
-    answers = [row.answer for row in rows if row.answer is not None and row.answer.support == "supported"]
-    open_ones = [answer for answer in answers if "\n" not in answer.question]
-    own = [answer for answer in open_ones if answer.citations[0].by == "model"]
-    return next(iter(own or answers), None)
+    references = {item.id: item.answer or "" for item in domain.read_questions() if item.kind == "open"}
+    for row in rows:
+        if row.answer is not None and row.answer.support == "supported" and row.question_id in references:
+            return row.answer, references[row.question_id]
+    return None, ""

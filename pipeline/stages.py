@@ -9,9 +9,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from domains.domain import Domain
+from domains.domain import PROMPTS, Domain
 from pipeline.run_folder import Run
+from serve.manifest import CALIBRATION
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Stage:
     """One row of the order.
 
     ``reads`` and ``writes`` name what `paths_of` knows; ``sections`` are the tables of ``domain.toml``
-    whose change makes the stage run again; ``prompts`` likewise; ``code`` are the modules whose text
+    (or ``table.key``) whose change makes the stage run again; ``prompts`` likewise; ``code`` are the modules whose text
     counts as the stage's version.
     """
 
@@ -36,7 +38,28 @@ class Stage:
 # the content of index.json.
 RETRIEVAL = (
     "rag.retrieve", "rag.fuse", "rag.index", "rag.lexical", "rag.embed", "rag.bert", "rag.blas", "rag.words",
+    "rag.rerank", "rag.token_vectors",
 )  # fmt: skip
+# How a student judges evidence while answering; which back-end does is config.
+REFLECTION = (
+    "serve.reflection", "serve.reflection_scores", "serve.reflection_run", "serve.reflection_tokens",
+    "serve.reflection_beam", "serve.reflection_long", "serve.reflection_text", "serve.reflection_grader", "serve.judges",
+)  # fmt: skip
+# How rows are elicited; which of them run is config.
+STRATEGIES = (
+    *("pipeline.strategies.row", "pipeline.strategies.context", "pipeline.strategies.templates"),
+    *("pipeline.strategies.strategy", "pipeline.strategies.registry", "pipeline.strategies.desk"),
+    *(
+        "pipeline.strategies.drive",
+        "pipeline.strategies.flow",
+        "pipeline.strategies.plan",
+        "pipeline.strategies.parse",
+    ),
+    *("pipeline.strategies.outcome", "pipeline.strategies.refusal", "pipeline.strategies.grading"),
+    *("pipeline.strategies.critic_loop", "pipeline.strategies.label", "pipeline.strategies.orca"),
+    *("pipeline.strategies.explain_options", "pipeline.strategies.generate_questions"),
+    *("pipeline.strategies.critique_revise", "pipeline.strategies.rate"),
+)
 
 STAGES = (
     Stage(
@@ -55,26 +78,47 @@ STAGES = (
         name="elicit",
         summary="the teacher explains the answers of the seed questions",
         reads=("questions", "index"),
-        writes=("rationales",),
+        writes=("rationales", "generated"),
         sections=("teacher", "elicit", "retrieve"),
         prompts=("teacher",),
         code=(
             "pipeline.elicit", "pipeline.asking", "pipeline.ledger", "pipeline.teacher", "pipeline.teacher_endpoint",
-            "pipeline.teacher_local", "pipeline.teacher_passages", "pipeline.teacher_prompt", "serve.engine",
-            "domains.words", "rag.prompt", "rag.answers", *RETRIEVAL,
+            "pipeline.teacher_local", "pipeline.teacher_passages", "pipeline.teacher_prompt", "serve.engine", "serve.llama",
+            *STRATEGIES, "pipeline.verify", "pipeline.decontaminate", "pipeline.near_duplicates", "pipeline.wording",
+            "domains.words", "domains.checks", "rag.citations", "rag.prompt", "rag.untrusted", "rag.answers", *RETRIEVAL,
         ),
     ),
     Stage(
         name="curate",
         summary="verified rationales -> training rows",
-        reads=("questions", "index", "rationales", "checks"),
+        reads=("questions", "generated", "index", "rationales", "checks"),
         writes=("examples", "rejections"),
-        sections=("domain", "curate", "retrieve"),
+        sections=(
+            "domain", "curate", "retrieve", "teacher", "reflect.backend", "reflect.critic", "reflect.critic_sample",
+            "reflect.max_unparsed", "reflect.passages", "reflect.no_retrieval_share", "reflect.partial_share",
+            "reflect.unsupported_share", "reflect.seed",
+        ),
         prompts=("system",),
         code=(
-            "pipeline.curate", "pipeline.judge", "pipeline.verify", "pipeline.rows", "pipeline.decontaminate",
+            "pipeline.curate", "pipeline.questions", "pipeline.judge", "pipeline.verify", "pipeline.verify_model", "serve.engine", "serve.llama", "pipeline.rows", "pipeline.decontaminate",
+            "pipeline.reflect_ground", "pipeline.reflect_rows", "pipeline.verdict_rows", "pipeline.augment", "pipeline.critic", "pipeline.critics", "pipeline.critic_rules",
+            "pipeline.critic_prompts", "pipeline.critic_teacher", "pipeline.critic_trained", "pipeline.asking",
+            "pipeline.ledger", "pipeline.teacher", "pipeline.teacher_endpoint", "pipeline.teacher_local",
+            "rag.reflection", "rag.verdicts",
             "pipeline.near_duplicates", "pipeline.wording", "domains.words", "domains.checks", "rag.citations",
-            "rag.prompt", "rag.answers", *RETRIEVAL,
+            "rag.prompt", "rag.untrusted", "rag.answers", *RETRIEVAL,
+        ),
+    ),
+    Stage(
+        name="rerank",
+        summary="a reranker learns from rationales",
+        reads=("questions", "generated", "index", "rationales", "examples"),
+        writes=("reranker",),
+        sections=("rerank", "retrieve"),
+        prompts=(),
+        code=(
+            "pipeline.rerank", "pipeline.questions", "pipeline.ranking", "pipeline.bootstrap", "pipeline.rerank_pools", "pipeline.rerank_loss",
+            "pipeline.rerank_tower", "pipeline.rerank_train", *RETRIEVAL,
         ),
     ),
     Stage(
@@ -82,39 +126,58 @@ STAGES = (
         summary="QLoRA on the student",
         reads=("examples",),
         writes=("adapter",),
-        sections=("student", "train"),
+        sections=("student", "train", "reflect.backend"),
         prompts=(),
         code=(
-            "pipeline.train", "pipeline.training_loop", "pipeline.checkpoint", "pipeline.packing", "pipeline.qlora",
-            "pipeline.student", "pipeline.unpack", "rag.prompt",
+            "pipeline.train", "pipeline.train_split", "pipeline.training_loop", "pipeline.checkpoint", "pipeline.packing", "pipeline.qlora",
+            "pipeline.student", "pipeline.unpack", "pipeline.token_rows", "rag.prompt", "rag.untrusted",
+            "rag.reflection",
         ),
     ),
     Stage(
         name="export",
         summary="merge -> GGUF -> quantize -> parity gate",
-        reads=("adapter", "examples", "index", "questions"),
+        reads=("adapter", "examples", "index", "questions", "reranker"),
         writes=("merged", "served", "manifest"),
-        sections=("domain", "student", "retrieve", "export", "parity", "serve"),
+        sections=("domain", "student", "retrieve", "export", "parity", "serve", "rerank", "reflect"),
         prompts=("system",),
         code=(
             "pipeline.export", "pipeline.student_files", "pipeline.replays", "pipeline.merge", "pipeline.qlora",
             "pipeline.student", "pipeline.gguf_writer", "pipeline.gguf_vocabulary", "pipeline.imatrix",
             "pipeline.quantize", "pipeline.bundle", "pipeline.parity", "pipeline.rows", "pipeline.verify",
-            "pipeline.wording", "pipeline.unpack", "serve.engine", "domains.words", "domains.checks",
-            "rag.citations", "rag.prompt", "rag.answers", *RETRIEVAL,
+            "pipeline.wording", "pipeline.unpack", "pipeline.token_rows", "rag.reflection", "rag.verdicts",
+            "serve.engine", "serve.llama", "domains.words", "domains.checks",
+            "rag.citations", "rag.prompt", "rag.untrusted", "rag.answers", *RETRIEVAL,
+        ),
+    ),
+    Stage(
+        name="calibrate",
+        summary="how sure the served student is, fitted to seed questions",
+        reads=("questions", "index", "examples", "served", "reranker"),
+        writes=("calibration",),
+        sections=("domain", "student", "retrieve", "rerank", "reflect", "calibrate", "serve"),
+        prompts=("system",),
+        code=(
+            "pipeline.calibrate", "pipeline.development", "pipeline.fit", "pipeline.right", "pipeline.selective",
+            "pipeline.bootstrap", "pipeline.bundle", "pipeline.wording", "serve.assistant", "serve.checking",
+            "serve.confidence", "serve.signals", "rag.sentences",
+            *REFLECTION, "rag.reflection", "rag.verdicts",
+            "serve.engine", "serve.llama", "domains.words", "rag.citations", "rag.prompt", "rag.untrusted", "rag.answers", *RETRIEVAL,
         ),
     ),
     Stage(
         name="exam",
         summary="five arms on the held-out documents",
-        reads=("questions", "index", "served"),
+        reads=("questions", "index", "served", "reranker", "calibration"),
         writes=("report",),
-        sections=("domain", "student", "retrieve", "exam"),
+        sections=("domain", "student", "retrieve", "exam", "rerank", "reflect"),
         prompts=("system",),
         code=(
             "pipeline.exam", "pipeline.arms", "pipeline.metrics", "pipeline.bootstrap", "pipeline.summary",
-            "pipeline.verdict", "pipeline.report", "pipeline.plots", "pipeline.base_gguf", "serve.assistant",
-            "serve.engine", "domains.words", "rag.citations", "rag.prompt", "rag.answers", *RETRIEVAL,
+            "pipeline.verdict", "pipeline.report", "pipeline.plots", "pipeline.base_gguf", "pipeline.token_rows", "pipeline.reflection_report",
+            "pipeline.bundle", "pipeline.right", "pipeline.selective", "pipeline.selective_report", "pipeline.wording",
+            "serve.assistant", "serve.checking", "serve.confidence", "serve.signals", "rag.sentences", *REFLECTION, "rag.reflection", "rag.verdicts",
+            "serve.engine", "serve.llama", "domains.words", "rag.citations", "rag.prompt", "rag.untrusted", "rag.answers", *RETRIEVAL,
         ),
     ),
 )  # fmt: skip
@@ -130,12 +193,15 @@ def paths_of(what: str, domain: Domain, run: Run) -> list[Path]:
         "checks": [domain.folder / "checks.py"],
         "index": [run.index / "index.json"],
         "rationales": [run.rationales],
+        "generated": [run.generated],
         "examples": [run.examples],
         "rejections": [run.rejections],
+        "reranker": [run.rerank / "result.json"],  # holds hashes of what lies in the bundle
         "adapter": [run.training / "adapter"],
         "merged": [run.export / "student-F16.gguf"],
         "served": [run.bundle / "student.gguf"],
         "manifest": [run.bundle / "manifest.json"],
+        "calibration": [run.bundle / CALIBRATION],
         "report": [run.bundle / "report.json", run.bundle / "report.html"],
     }
     return [path for path in named[what] if path is not None]
@@ -150,8 +216,8 @@ def fingerprint(stage: Stage, domain: Domain, run: Run) -> str:
     digest = hashlib.sha256()
     parts: dict[str, object] = {
         "stage": stage.name,
-        "config": {section: config[section] for section in stage.sections},
-        "prompts": {name: domain.prompts[name] for name in stage.prompts},
+        "config": {section: _setting(config, section) for section in stage.sections},
+        "prompts": {name: domain.prompts[name] for name in stage.prompts} | _own_prompts(stage, domain),
         "code": {name: _module_digest(name) for name in stage.code},
         "inputs": {
             name: [_path_digest(path) for path in paths_of(name, domain, run)] for name in stage.reads
@@ -161,6 +227,19 @@ def fingerprint(stage: Stage, domain: Domain, run: Run) -> str:
         parts["key"] = "set" if os.environ.get(domain.config.teacher.api_key_env) else "missing"
     digest.update(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def _own_prompts(stage: Stage, domain: Domain) -> dict[str, str]:
+    """The domain's own prompts for strategies: only the elicit stage has such."""
+    if stage.name != "elicit":
+        return {}
+    return {name: text for name, text in domain.prompts.items() if name not in PROMPTS}
+
+
+def _setting(config: dict[str, Any], section: str) -> object:
+    """A table, or one key of it."""
+    table, _, key = section.partition(".")
+    return config[table][key] if key else config[table]
 
 
 def is_done(stage: Stage, domain: Domain, run: Run) -> bool:

@@ -18,7 +18,7 @@ from domains.records import Message
 from pipeline.quiet_libraries import quiet_transformers
 from pipeline.unpack import gguf_licence, unpacked_gguf
 from rag.prompt import render_chat
-from serve.models import SMOLLM2, packaged_gguf, sha256_file
+from serve.models import SMOLLM2, check_base, packaged_gguf, sha256_file
 
 if TYPE_CHECKING:
     import torch
@@ -65,15 +65,10 @@ def load_base(base: str, *, dtype: torch.dtype) -> Base:
         licence, version = gguf_licence(packaged), f"sha256:{sha256_file(packaged)}"
     else:
         place, source, licence, version = base, "", "", ""
+    check_base(base)
     folder = Path(place).expanduser()
     if folder.is_dir():
         place = str(folder)
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
-        raise ModelError(
-            f"no base model {base!r}",
-            expected=f"{SMOLLM2!r}, an existing folder, or a Hugging Face id such as meta-llama/Llama-3.2-1B-Instruct",
-            next_step="mend [student] base in domain.toml",
-        )
     model, tokenizer = _load_pretrained(base, place, dtype)
     if not version:
         source, licence, version = _provenance(base, folder, model.config)
@@ -155,6 +150,10 @@ def load_trained(training: Path, *, base: str) -> tuple[Any, Base]:
             expected=f"{network['base_version']} ({network['base']}), which the adapter in {training} was trained on",
             next_step="preceptor train DOMAIN --force, or bring the former base back",
         )
+    if network.get("reflection_tokens"):
+        from pipeline.token_rows import add_reflection_tokens
+
+        add_reflection_tokens(loaded)
     quantize_nf4(loaded.model, keep_quantized=False)
     adapted = load_adapter(loaded.model, training / "adapter").float().eval()
     return adapted, loaded

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from domains.config import GgufType
@@ -93,7 +94,7 @@ def write_student(
         merged = replay_logits(torch_network(network), replays, progress.advance)
     with disk_errors(run.export):
         with clock("write", "writing the student in F16"):
-            _write_f16(run, network, loaded, title=title)
+            write_f16(run.export / "student-F16.gguf", network, loaded, title=title)
         imatrix = None
         if imatrix_tokens:
             with clock("imatrix", "measuring the importance matrix", imatrix_tokens):
@@ -168,10 +169,11 @@ def _rows(base: Base, examples: Iterable[Example]) -> Iterator[list[int]]:
         yield encode_prompt(base, render_prompt(base, row.messages)) + encode_completion(base, row.completion)
 
 
-def _write_f16(run: Run, network: Any, base: Base, *, title: str) -> None:
+def write_f16(path: Path, network: Any, base: Base, *, title: str) -> None:
+    """Write a merged network as GGUF in F16."""
     smollm2 = base.name == SMOLLM2
     write_llama_gguf(
-        run.export / "student-F16.gguf",
+        path,
         state=network.state_dict(),
         config=network.config,
         tokenizer=base.tokenizer,

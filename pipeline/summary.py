@@ -14,10 +14,13 @@ from domains.records import Answer, Hit, Passage, Question
 from pipeline.arms import Row
 from pipeline.bootstrap import mcnemar, paired_difference, ratio_interval
 from pipeline.metrics import Gold, Mark, locate_gold, mark_answer, mark_retrieval
+from pipeline.reflection_report import describe_reflection
 from pipeline.run_folder import Run
+from pipeline.selective_report import describe_selective
 from pipeline.verdict import give_verdict
 from rag.prompt import render_question
-from serve.manifest import MANIFEST, read_manifest
+from serve.confidence import Calibration, read_calibration
+from serve.manifest import CALIBRATION, MANIFEST, read_manifest
 
 PAIRS = (
     ("tuned_rag", "base_rag"),
@@ -44,11 +47,12 @@ class Sources:
     sizes_bytes: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     teachers: list[str] = field(default_factory=list)
+    calibration: Calibration | None = None
 
     @classmethod
     def of(cls, run: Run) -> Self:
         """The sources in a run folder."""
-        parity = run.bundle / "parity.json"
+        parity, calibration = run.bundle / "parity.json", run.bundle / CALIBRATION
         losses = run.training / "loss.jsonl"
         files = [*run.bundle.glob("*.gguf"), *run.export.glob("*.gguf")]
         manifest = read_manifest(run.bundle) if (run.bundle / MANIFEST).is_file() else None
@@ -63,6 +67,7 @@ class Sources:
             sizes_bytes={path.name: path.stat().st_size for path in sorted(files)},
             versions=manifest.versions if manifest else {},
             teachers=manifest.teachers if manifest else [],
+            calibration=read_calibration(calibration) if calibration.is_file() else None,
         )
 
 
@@ -132,6 +137,15 @@ def summarise(
         },
         "examples": _examples(questions, rows, marks, seed),
     }
+    shown = {arm: [row.answer for row in values] for arm, values in rows.items() if arm.endswith("_rag")}
+    selective = describe_selective(
+        questions, shown, sources.calibration, clusters=draw.clusters, resamples=resamples, seed=seed
+    )
+    if selective is not None:
+        report["selective"] = selective
+    answers = {arm: [answer for answer in values if answer] for arm, values in shown.items()}
+    if (reflection := describe_reflection(answers)) is not None:
+        report["reflection"] = reflection
     rounded: dict[str, Any] = _rounded(report)
     return rounded
 
@@ -153,7 +167,7 @@ class _Draw:
     def __init__(self, questions: Sequence[Question], resamples: int, seed: int) -> None:
         documents = [question.about for question in questions]
         self._questions = questions
-        self._clusters = documents if len(set(documents)) >= MIN_CLUSTERS else None
+        self.clusters = documents if len(set(documents)) >= MIN_CLUSTERS else None
         self._resamples = resamples
         self._seed = seed
 
@@ -163,7 +177,7 @@ class _Draw:
             "n_questions": len(self._questions),
             "kinds": dict(sorted(Counter(question.kind for question in self._questions).items())),
             "n_documents": len({question.about for question in self._questions}),
-            "resampled": "documents" if self._clusters else "questions",
+            "resampled": "documents" if self.clusters else "questions",
             "resamples": self._resamples,
             "seed": self._seed,
         }
@@ -180,7 +194,7 @@ class _Draw:
             interval = ratio_interval(
                 numerators,
                 denominators,
-                clusters=self._clusters,
+                clusters=self.clusters,
                 resamples=self._resamples,
                 seed=self._seed,
             )
@@ -195,7 +209,7 @@ class _Draw:
         for metric in [name for name in _metrics(one.values()) if name in shared]:
             columns = self._columns(one, metric), self._columns(other, metric)
             difference = paired_difference(
-                *columns, clusters=self._clusters, resamples=self._resamples, seed=self._seed
+                *columns, clusters=self.clusters, resamples=self._resamples, seed=self._seed
             )
             if difference is None:
                 continue

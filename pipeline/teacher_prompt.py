@@ -34,7 +34,7 @@ _BOILERPLATE = re.compile(
 
 
 def teacher_messages(
-    instruction: str, question: Question, passages: Sequence[Passage]
+    instruction: str, question: Question, passages: Sequence[Passage], *, closing: str = ""
 ) -> tuple[Message, ...]:
     """The chat that the teacher sees.
 
@@ -42,12 +42,13 @@ def teacher_messages(
         instruction: the domain's teacher prompt (trusted).
         question: with its reference answer (untrusted).
         passages: numbered from [1] in the order given (untrusted).
+        closing: the last line, in the place of `CLOSING`.
     """
     system, user = student_messages(instruction, render_question(question), passages)
     lines = [user.content, neutralise(f"Right answer: {reference(question)}")]
     quotes = evidence(question, passages)
     lines += [neutralise(f'Evidence: "{quote}" [{number}]') for quote, number in quotes]
-    lines += ["", CLOSING.format(source="evidence" if quotes else "passages")]
+    lines += ["", closing or CLOSING.format(source="evidence" if quotes else "passages")]
     return system, Message(role="user", content="\n".join(lines))
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import resource
 import shutil
@@ -35,10 +34,10 @@ from pipeline.progress import Progress
 from pipeline.qlora import attach_lora, quantize_nf4, training_dtype
 from pipeline.run_folder import Report, Run, check_space, need
 from pipeline.student import Base, load_base
+from pipeline.token_rows import add_reflection_tokens
+from pipeline.train_split import choose_rows, split_validation
 from pipeline.training_loop import Settings, Trainer
 
-_VALIDATION_SHARE = 0.05
-_VALIDATION_ROWS = 4
 _FORMAT = 1  # of the checkpoint; a change makes older ones unusable
 _BYTES_PER_WEIGHT = 32  # adapter, checkpoint with two moments, and its successor while it is written
 
@@ -55,18 +54,6 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
     """
     config = domain.config
     assert config.train.method == "qlora"  # the only one; the config knows no other
-    settings = Settings(
-        rank=config.train.rank,
-        alpha=config.train.alpha,
-        dropout=config.train.dropout,
-        learning_rate=config.train.learning_rate,
-        warmup_share=config.train.warmup_share,
-        epochs=config.train.epochs,
-        pack_tokens=config.train.pack_tokens,
-        packs_per_step=config.train.packs_per_step,
-        max_grad_norm=config.train.max_grad_norm,
-        seed=config.train.seed,
-    )
     examples = read_jsonl(need(run.examples, stage="curate"), Example)
     if not examples:
         raise StageError(
@@ -82,7 +69,25 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         context=config.student.context,
         max_rows=config.train.max_rows,
         checkpoint_steps=config.train.checkpoint_steps,
-        settings=settings,
+        settings=settings_of(domain),
+        reflection_tokens=config.reflect.backend == "tokens",
+    )
+
+
+def settings_of(domain: Domain) -> Settings:
+    """``[train]`` as the loop wants it."""
+    config = domain.config
+    return Settings(
+        rank=config.train.rank,
+        alpha=config.train.alpha,
+        dropout=config.train.dropout,
+        learning_rate=config.train.learning_rate,
+        warmup_share=config.train.warmup_share,
+        epochs=config.train.epochs,
+        pack_tokens=config.train.pack_tokens,
+        packs_per_step=config.train.packs_per_step,
+        max_grad_norm=config.train.max_grad_norm,
+        seed=config.train.seed,
     )
 
 
@@ -96,6 +101,7 @@ def train_student(
     max_rows: int,
     checkpoint_steps: int,
     settings: Settings,
+    reflection_tokens: bool = False,
 ) -> Report:
     """Train on ``examples`` and write ``folder``; see `run`.
 
@@ -108,17 +114,19 @@ def train_student(
         max_rows: a random choice of so many examples; 0 = all.
         checkpoint_steps: steps from one checkpoint to the next.
         settings: see there.
+        reflection_tokens: add Self-RAG's tokens to the vocabulary and train their rows.
     """
     chosen = choose_rows(examples, max_rows, seed=settings.seed)
     train_examples, held_out = split_validation(chosen, seed=settings.seed)
     dtype = training_dtype()
     loaded = load_base(base, dtype=dtype)
+    token_rows = add_reflection_tokens(loaded) if reflection_tokens else []
     limit = min(context, settings.pack_tokens)
     rows, too_long = encode_examples(train_examples, loaded, max_tokens=limit)
     validation, also_too_long = encode_examples(held_out, loaded, max_tokens=limit)
     too_long += also_too_long
     _check_rows(rows, validation, too_long, limit, progress)
-    adapted = _prepare(loaded, settings, progress)
+    adapted = _prepare(loaded, settings, token_rows, progress)
     trainer = Trainer(
         adapted,
         loaded.model,
@@ -131,7 +139,7 @@ def train_student(
     check_space(folder, _BYTES_PER_WEIGHT * sum(weight.numel() for weight in trainer.weights.values()))
     state = trainer.fit(progress, checkpoint_steps=checkpoint_steps)
     _check_adapter_acts(adapted, loaded.model, rows[0])
-    _save(folder, adapted, loaded, dtype, settings)
+    _save(folder, adapted, loaded, dtype, settings, token_rows)
     counts = {
         "rows_in": len(examples),
         "trained": len(rows),
@@ -140,37 +148,6 @@ def train_student(
         "over_max_rows": len(examples) - len(chosen),
     }
     return Report(counts=counts, facts=_facts(state, trainer, dtype, too_long))
-
-
-def choose_rows(examples: Sequence[Example], max_rows: int, *, seed: int) -> list[Example]:
-    """At most ``max_rows`` (0 = all) examples, chosen at random, in their order."""
-    if not max_rows or len(examples) <= max_rows:
-        return list(examples)
-    chosen = {e.id for e in sorted(examples, key=lambda example: _hash(seed, example.id))[:max_rows]}
-    return [example for example in examples if example.id in chosen]
-
-
-def split_validation(examples: Sequence[Example], *, seed: int) -> tuple[list[Example], list[Example]]:
-    """Training rows and held-out rows; all rows of a question lie on one side.
-
-    Questions are held out until they make up 5 % of the rows and at least four, but never more than half.
-    """
-    questions = sorted({example.question_id for example in examples}, key=lambda name: _hash(seed, name))
-    wanted = max(_VALIDATION_ROWS, math.ceil(_VALIDATION_SHARE * len(examples)))
-    held: set[str] = set()
-    rows = 0
-    for question in questions[: len(questions) // 2]:
-        size = sum(example.question_id == question for example in examples)
-        if rows >= wanted or rows + size > len(examples) / 2:
-            break
-        held.add(question)
-        rows += size
-    training = [example for example in examples if example.question_id not in held]
-    return training, [example for example in examples if example.question_id in held]
-
-
-def _hash(seed: int, name: str) -> str:
-    return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -198,7 +175,7 @@ def _check_rows(
         progress.say("too few questions to hold any out: there is no validation loss")
 
 
-def _prepare(base: Base, settings: Settings, progress: Progress) -> Any:
+def _prepare(base: Base, settings: Settings, token_rows: Sequence[int], progress: Progress) -> Any:
     """The PEFT model over the NF4 base, attending within rows."""
     kept = quantize_nf4(base.model)
     how = (
@@ -214,6 +191,7 @@ def _prepare(base: Base, settings: Settings, progress: Progress) -> Any:
         alpha=settings.alpha,
         dropout=settings.dropout,
         seed=settings.seed,
+        token_rows=token_rows,
     )
 
 
@@ -242,7 +220,14 @@ def _check_adapter_acts(adapted: Any, network: Any, row: Row) -> None:
         )
 
 
-def _save(folder: Path, adapted: Any, base: Base, dtype: torch.dtype, settings: Settings) -> None:
+def _save(
+    folder: Path,
+    adapted: Any,
+    base: Base,
+    dtype: torch.dtype,
+    settings: Settings,
+    token_rows: Sequence[int],
+) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -271,6 +256,7 @@ def _save(folder: Path, adapted: Any, base: Base, dtype: torch.dtype, settings: 
         "dtype": _name(dtype),
         "rank": settings.rank,
         "alpha": settings.alpha,
+        "reflection_tokens": list(token_rows),
     }
     write_text_atomic(folder / "network.json", json.dumps(network, indent=1) + "\n")
 

@@ -7,7 +7,7 @@ of the work, see no padding; only attention is padded, among texts of similar le
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -56,11 +56,30 @@ class BertEncoder:
     def encode(self, token_ids: Sequence[Sequence[int]]) -> Floats:
         """Mean of each text's last hidden states, float32 [texts, hidden], in the order given."""
         vectors = np.zeros((len(token_ids), self.dimensions), dtype=np.float32)
-        batches = list(_batches([len(ids) for ids in token_ids]))
 
         def encode(batch: list[int]) -> None:
-            vectors[batch] = self._encode_batch([token_ids[i] for i in batch])
+            hidden, lengths = self._encode_batch([token_ids[i] for i in batch])
+            sums: Floats = np.add.reduceat(hidden, _starts(lengths), axis=0)
+            sums /= lengths[:, None]
+            vectors[batch] = sums
 
+        self._in_batches(token_ids, encode)
+        return vectors
+
+    def encode_tokens(self, token_ids: Sequence[Sequence[int]]) -> list[Floats]:
+        """Last hidden states of each text's tokens, float32 [tokens, hidden] each, in the order given."""
+        states: list[Floats] = [np.zeros((0, self.dimensions), dtype=np.float32)] * len(token_ids)
+
+        def encode(batch: list[int]) -> None:
+            hidden, lengths = self._encode_batch([token_ids[i] for i in batch])
+            for i, start, length in zip(batch, _starts(lengths), lengths, strict=True):
+                states[i] = hidden[start : start + length].copy()
+
+        self._in_batches(token_ids, encode)
+        return states
+
+    def _in_batches(self, token_ids: Sequence[Sequence[int]], encode: Callable[[list[int]], None]) -> None:
+        batches = list(_batches([len(ids) for ids in token_ids]))
         with one_blas_thread():
             if len(batches) > 1:
                 with ThreadPoolExecutor(min(len(batches), os.cpu_count() or 1, 16)) as pool:
@@ -68,9 +87,9 @@ class BertEncoder:
             else:
                 for batch in batches:
                     encode(batch)
-        return vectors
 
-    def _encode_batch(self, texts: Sequence[Sequence[int]]) -> Floats:
+    def _encode_batch(self, texts: Sequence[Sequence[int]]) -> tuple[Floats, NDArray[np.intp]]:
+        """Hidden states of all tokens, packed [tokens, hidden], and the texts' lengths."""
         lengths = np.array([len(ids) for ids in texts])
         widest = int(lengths.max())
         rows = np.repeat(np.arange(len(texts)), lengths)
@@ -81,10 +100,11 @@ class BertEncoder:
         bias = np.where(padding, np.float32(-1e9), np.float32(0))[:, None, None, :] if padding.any() else None
         for layer in self._layers:
             hidden = layer.forward(hidden, rows, columns, bias, (len(texts), widest), self.epsilon)
-        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        sums: Floats = np.add.reduceat(hidden, starts, axis=0)
-        sums /= lengths[:, None]
-        return sums
+        return hidden, lengths
+
+
+def _starts(lengths: NDArray[np.intp]) -> NDArray[np.intp]:
+    return np.concatenate([[0], np.cumsum(lengths)[:-1]])
 
 
 class _Layer:

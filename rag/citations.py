@@ -36,6 +36,8 @@ answer passage document says said states stated mentions
 """
 _NEGATION = "no not never none neither nor without cannot nothing nobody"
 _FUNCTION_WORDS, _NEGATIONS = frozenset(_FUNCTION.split()), frozenset(_NEGATION.split())
+# Answers without words of their own: what they mean stands in the question.
+_BARE = frozenset({"yes", "mayb", "maybe", *"abcdefgh"})
 _MARK = re.compile(r"\[\d{1,2}\]")  # the number of a passage, not a number that is claimed
 
 
@@ -115,6 +117,68 @@ def find_support(claim: str, passages: Sequence[Passage], *, min_overlap: float 
     return _citation(best[2] + 1, passages[best[2]], best[3], by_model=False)
 
 
+def supports(
+    claim: str,
+    citations: Sequence[Citation],
+    passages: Sequence[Passage],
+    *,
+    question: str = "",
+    min_overlap: float = 0.6,
+) -> bool:
+    """Whether the cited words together carry a claim; more citations never support less.
+
+    As in `find_support`: numbers and names of the claim must stand in what is cited, and negation must
+    agree. What the question said already needs no support; a claim that says nothing beyond it ("Yes")
+    rests on any citation.
+
+    Args:
+        claim: one sentence of an answer.
+        citations: checked ones, see `check_quotes`.
+        passages: what the student saw; a citation counts with its passage's title and heading.
+        question: what was asked.
+        min_overlap: the least share of content words, in [0, 1].
+    """
+    shown = {passage.passage_id: passage for passage in passages}
+    cited = [(item, shown[item.passage_id]) for item in citations if item.passage_id in shown]
+    claim = _MARK.sub(" ", claim)
+    wanted = _content(claim) - _BARE
+    fresh = wanted - _content(question) or wanted
+    if not cited or not fresh:
+        return bool(cited)
+    if not numbers(claim) <= numbers(" ".join([question, *(item.quote for item, _ in cited)])):
+        return False
+    context = " ".join(f"{p.title} {p.heading}" for _, p in cited)
+    if not _content(" ".join(_NAME.findall(claim))) - _BARE <= _content(
+        " ".join([question, context, *(p.text for _, p in cited)])
+    ):
+        return False
+    negated = _is_negated(words(claim))
+    found = set().union(*(_matched(wanted, item.quote, negated=negated) for item, _ in cited))
+    if not found:
+        return False
+    return len(fresh & (found | _content(context))) >= min_overlap * len(fresh)
+
+
+def best_overlap(claim: str, passages: Sequence[Passage]) -> float:
+    """The largest share of a claim's content words that one passage sentence has, in [0, 1]; see `find_support`."""
+    claim = _MARK.sub(" ", claim)
+    wanted, negated = _content(claim), _is_negated(words(claim))
+    if not wanted:
+        return 0.0
+    sentences = [
+        passage.text[start:end] for passage in passages for start, end in sentence_spans(passage.text)
+    ]
+    return max((_share(wanted, sentence, negated=negated) for sentence in sentences), default=0.0)
+
+
+def coverage(text: str, passage: Passage) -> float:
+    """The share of a text's content words that a passage has, its title and heading included, in [0, 1]."""
+    wanted = _content(text)
+    if not wanted:
+        return 0.0
+    return len(wanted & _content(f"{passage.title} {passage.heading} {passage.text}")) / len(wanted)
+
+
 def _citation(number: int, passage: Passage, span: tuple[int, int], *, by_model: bool) -> Citation:
     start, end = span
     return Citation(
@@ -190,13 +254,15 @@ def _is_negated(text_words: Sequence[str]) -> bool:
 
 def _share(wanted: set[str], sentence: str, *, negated: bool) -> float:
     """The share of the wanted stems that the sentence has; 0 where the negation differs."""
+    return len(_matched(wanted, sentence, negated=negated)) / len(wanted)
+
+
+def _matched(wanted: set[str], sentence: str, *, negated: bool) -> set[str]:
+    """The wanted stems that the sentence has; none where the negation differs."""
     said = words(sentence)
     stems = _stems(said)
     matched = [i for i, term in enumerate(stems) if term in wanted]
-    found = {stems[i] for i in matched}
-    if not matched:
-        return 0.0
     # A negation up to three words ahead of the matched part belongs to it ("do not give X").
-    if _is_negated(said[max(0, matched[0] - 3) : matched[-1] + 1]) != negated:
-        return 0.0
-    return len(found) / len(wanted)
+    if not matched or _is_negated(said[max(0, matched[0] - 3) : matched[-1] + 1]) != negated:
+        return set()
+    return {stems[i] for i in matched}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -57,14 +57,12 @@ class MiniLMEmbedder:
     max_tokens = 256
 
     def __init__(self) -> None:
-        from safetensors.numpy import load_file
         from tokenizers import Tokenizer
 
-        folder = _weights_folder()
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer = Tokenizer.from_file(str(_weights_folder() / "tokenizer.json"))
         self._tokenizer.enable_truncation(self.max_tokens)
         self._tokenizer.no_padding()
-        self._encoder = BertEncoder(load_file(folder / "model.safetensors"), heads=12, epsilon=1e-12)
+        self._encoder = minilm_encoder({})
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """WordPiece ids with [CLS] and [SEP], at most 256 a text."""
@@ -77,6 +75,40 @@ class MiniLMEmbedder:
     def embed(self, texts: Sequence[str]) -> Vectors:
         """See `Embedder`; an empty text has a vector too (that of its two special tokens)."""
         return _normalised(self._encoder.encode(self.token_ids(texts)))
+
+    def token_states(self, texts: Sequence[str]) -> list[Vectors]:
+        """The network's last hidden states, float32 [tokens, 384] a text; not normalised."""
+        return self._encoder.encode_tokens(self.token_ids(texts))
+
+
+def minilm_weights() -> dict[str, Vectors]:
+    """The published tensors of all-MiniLM-L6-v2 under Hugging Face's names.
+
+    Raises:
+        ModelError: the weights are not installed or are not the published ones.
+    """
+    from safetensors.numpy import load_file
+
+    weights: dict[str, Vectors] = load_file(_weights_folder() / "model.safetensors")
+    return weights
+
+
+def minilm_encoder(changed: Mapping[str, Vectors]) -> BertEncoder:
+    """all-MiniLM-L6-v2 with some of its tensors replaced by others of the same shape.
+
+    Raises:
+        ModelError: the weights are not installed or are not the published ones, or ``changed`` has a
+            tensor that they don't have.
+    """
+    weights = minilm_weights()
+    for name, tensor in changed.items():
+        if name not in weights or weights[name].shape != tensor.shape:
+            raise ModelError(
+                f"tensor {name!r} of shape {tensor.shape}",
+                expected="a tensor of all-MiniLM-L6-v2 in its shape",
+                next_step="preceptor rerank DOMAIN   (trains the reranker again)",
+            )
+    return BertEncoder({**weights, **changed}, heads=12, epsilon=1e-12)
 
 
 def _weights_folder() -> Path:

@@ -25,7 +25,7 @@ from domains.errors import DataError, IndexMismatch
 from domains.jsonl import read_jsonl
 from domains.records import Passage
 from rag.embed import Embedder, Vectors
-from rag.lexical import LexicalIndex
+from rag.lexical import LexicalIndex, best_positions
 from rag.manifest import (
     REBUILD,
     Manifest,
@@ -75,19 +75,29 @@ class Index:
 
     def search_lexical(self, query: str, *, top_k: int) -> list[str]:
         """Ids of the passages by BM25, best first."""
-        return [self.passages[i].passage_id for i in self._lexical.search(query, top_k=top_k)]
+        return list(self.score_lexical(query, top_k=top_k))
+
+    def score_lexical(self, query: str, *, top_k: int) -> dict[str, float]:
+        """BM25 of the passages that `search_lexical` finds, best first."""
+        scores = self._lexical.scores(query)
+        found = best_positions(scores, top_k=top_k)
+        return {self.passages[i].passage_id: float(scores[i]) for i in found}
 
     def search_dense(self, vectors: Vectors, *, top_k: int) -> list[list[str]]:
         """Ids of the passages nearest to each query vector [queries, dimensions] by cosine, best first."""
+        return [list(found) for found in self.score_dense(vectors, top_k=top_k)]
+
+    def score_dense(self, vectors: Vectors, *, top_k: int) -> list[dict[str, float]]:
+        """Cosines of the passages that `search_dense` finds, best first."""
         return [self._nearest(vector.tolist(), top_k) for vector in vectors]
 
-    def _nearest(self, vector: list[float], top_k: int) -> list[str]:
+    def _nearest(self, vector: list[float], top_k: int) -> dict[str, float]:
         found = self.store.similarity_search_by_vector_with_relevance_scores(
             vector, k=min(top_k, len(self.passages))
         )
         ranked = sorted(found, key=lambda pair: (pair[1], pair[0].id))
         # A vector that index.json does not count (a newer or an unfinished update's) is not there.
-        return [document.id for document, _ in ranked if document.id in self.by_id]
+        return {document.id: 1 - distance for document, distance in ranked if document.id in self.by_id}
 
     def close(self) -> None:
         """Give Chroma's files back."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from domains.records import Passage
 from rag.words import index_terms
@@ -31,15 +32,21 @@ class LexicalIndex:
         self._model = model
 
     @classmethod
-    def build(cls, passages: Sequence[Passage]) -> LexicalIndex:
-        """Count the terms of all passages; same passages, same bytes when saved."""
+    def build(cls, passages: Sequence[Passage], *, k1: float = K1, b: float = B) -> LexicalIndex:
+        """Count the terms of all passages; same passages, same bytes when saved.
+
+        Args:
+            passages: known by their position from here on.
+            k1: how slowly repetitions of a term saturate.
+            b: how much long passages are discounted, from 0 to 1.
+        """
         import bm25s
 
         counted = [index_terms(passage_text(passage)) for passage in passages]
         # Numbered in sorted order: left to itself, bm25s numbers a set, whose order changes by process.
         vocabulary = {term: i for i, term in enumerate(sorted({term for terms in counted for term in terms}))}
         ids = [[vocabulary[term] for term in terms] for terms in counted]
-        model = bm25s.BM25(k1=K1, b=B, method="lucene")
+        model = bm25s.BM25(k1=k1, b=b, method="lucene")
         model.index((ids, vocabulary), show_progress=False)
         return cls(model)
 
@@ -56,10 +63,19 @@ class LexicalIndex:
 
     def search(self, query: str, *, top_k: int) -> list[int]:
         """Positions of the best passages that share a term with the query, ties by position."""
+        return best_positions(self.scores(query), top_k=top_k)
+
+    def scores(self, query: str) -> NDArray[np.float32]:
+        """BM25 of every passage, [passages]; a term that the query repeats counts as often."""
         ids = self._model.get_tokens_ids(index_terms(query))
         if not ids:
-            return []
-        scores = self._model.get_scores_from_ids(ids)
-        found = np.flatnonzero(scores > 0)
-        order = np.argsort(-scores[found], kind="stable")[:top_k]
-        return [int(position) for position in found[order]]
+            return np.zeros(self._model.scores["num_docs"], dtype=np.float32)
+        scores: NDArray[np.float32] = self._model.get_scores_from_ids(ids)
+        return scores
+
+
+def best_positions(scores: NDArray[np.float32], *, top_k: int) -> list[int]:
+    """Positions of the highest scores above 0, best first, ties by position."""
+    found = np.flatnonzero(scores > 0)
+    order = np.argsort(-scores[found], kind="stable")[:top_k]
+    return [int(position) for position in found[order]]

@@ -1,7 +1,7 @@
 """The one renderer of student prompts: training, exam and serving all call it.
 
 Text from documents and users is untrusted: strings that a tokenizer would read as control tokens
-(``<|im_end|>``, ``<|eot_id|>`` …) are broken up before they enter a prompt.
+(``<|im_end|>``, ``<|eot_id|>`` …, Self-RAG's tokens) are broken up before they enter a prompt.
 """
 
 from __future__ import annotations
@@ -9,26 +9,22 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Literal
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from domains.errors import ModelError
 from domains.records import Message, Passage, Question, QuestionKind
+from rag.untrusted import neutralise as neutralise
 
-# Llama 3's <|eot_id|>, SmolLM2's <|im_end|>, <file_sep> and <issue_start>, Llama 2's </s>, …
-_CONTROL = re.compile(r"<(/?\|?[A-Za-z0-9_]{1,64}\|?)>")
+_OPTION = re.compile(r"^([A-H])\. (.+)$", re.MULTILINE)
 _INSTRUCTION: dict[QuestionKind, str] = {
     "open": "",
     "yes_no": "Answer yes, no or maybe.",
     "options": "Answer with the letter of the right option.",
     "unanswerable": "",
 }
-
-
-def neutralise(text: str) -> str:
-    """``text`` with anything that looks like a control token taken apart (``< |im_end| >``)."""
-    return _CONTROL.sub(r"< \1 >", text)
 
 
 def render_question(question: Question) -> str:
@@ -38,6 +34,18 @@ def render_question(question: Question) -> str:
     if instruction := _INSTRUCTION[question.kind]:
         lines.append(instruction)
     return "\n".join(lines)
+
+
+def closed_form(question: str) -> dict[str, str] | Literal["yes_no"] | None:
+    """The closed form that a question's own text asks for: its options, yes or no, or None (open).
+
+    The inverse of `render_question`, so that a person who types an options question is served as the exam is.
+    """
+    last = question.rstrip().rpartition("\n")[2].strip()
+    if last == _INSTRUCTION["yes_no"]:
+        return "yes_no"
+    options = {match[1]: match[2].strip() for match in _OPTION.finditer(question)}
+    return options if len(options) >= 2 and last == _INSTRUCTION["options"] else None
 
 
 def student_messages(system: str, question: str, passages: Sequence[Passage]) -> list[Message]:

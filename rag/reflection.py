@@ -12,11 +12,12 @@ grammar      answer  := segment* [Utility:k]
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from domains.records import Passage, Segment
+from rag.untrusted import disarm as disarm
+from rag.untrusted import neutralise
 
 RETRIEVE = {
     "retrieve": "[Retrieval]",
@@ -35,13 +36,6 @@ PARAGRAPH = ("<paragraph>", "</paragraph>")
 # The 15 added tokens, in the order of their ids.
 TOKENS = (*RETRIEVE.values(), *RELEVANCE.values(), *SUPPORT.values(), *UTILITY.values(), *PARAGRAPH)
 
-_LOOKALIKE = re.compile(
-    r"\[\s*(No\s+Retrieval|Retrieval|Continue\s+to\s+Use\s+Evidence|Relevant|Irrelevant|Fully\s+supported"
-    r"|Partially\s+supported|No\s+support\s*/\s*Contradictory|Utility\s*:\s*[1-5])\s*\]"
-    r"|<\s*(/?\s*paragraph)\s*>",
-    re.IGNORECASE,
-)
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -51,25 +45,16 @@ class Piece:
     supervised: bool
 
 
-def disarm(text: str) -> str:
-    """``text`` with everything that looks like a reflection token taken apart: ``( Relevant )``.
-
-    A tokenizer matches added tokens anywhere, so a document that contains one would speak with the model's
-    own voice. Round brackets keep the words readable.
-    """
-    return _LOOKALIKE.sub(lambda match: f"( {match[1] or match[2]} )", text)
-
-
 def render_passage(passage: Passage) -> str:
-    """The inside of a paragraph: title and text, disarmed."""
-    return disarm(f"{passage.title}\n{passage.text.strip()}")
+    """The inside of a paragraph: title and text, neutralised."""
+    return neutralise(f"{passage.title}\n{passage.text.strip()}")
 
 
 def render_segments(segments: Sequence[Segment], utility: int | None) -> list[Piece]:
     """A reflected answer as pieces of text, in order; joined they are what the model learns to write.
 
     Args:
-        segments: in order; their ``text`` is disarmed here.
+        segments: in order; their ``text`` is neutralised here.
         utility: 1 to 5, or None to leave it open.
     """
     pieces = [piece for segment in segments for piece in render_segment(segment)]
@@ -88,7 +73,7 @@ def render_segment(segment: Segment) -> list[Piece]:
             Piece(PARAGRAPH[1], True),
             Piece(RELEVANCE["relevant" if segment.relevant else "irrelevant"], True),
         ]
-    pieces.append(Piece(disarm(segment.text), True))
+    pieces.append(Piece(neutralise(segment.text), True))
     if segment.support is not None:
         pieces.append(Piece(SUPPORT[segment.support], True))
     return pieces

@@ -1,33 +1,49 @@
-"""Hybrid retrieval: the nearest vectors and the best words, fused by rank."""
+"""Hybrid retrieval: the nearest vectors and the best words, fused by rank, then reranked where that was learnt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-from domains.config import RetrieveSection
+from domains.config import RerankSection, RetrieveSection
 from domains.errors import ConfigError
 from domains.records import Hit, Passage
 from rag.embed import MiniLMEmbedder
-from rag.fuse import fuse
+from rag.fuse import Fused, fuse
 from rag.index import Index, open_index
+from rag.rerank import FOLDER, Reranker, open_reranker
 
 
-def open_retriever(folder: Path, retrieve: RetrieveSection) -> Retriever:
+def open_retriever(folder: Path, retrieve: RetrieveSection, rerank: RerankSection | None = None) -> Retriever:
     """A retriever over the index in ``folder`` as ``[retrieve]`` wants it; close it after use.
 
+    Args:
+        folder: the index.
+        retrieve: how the lists are fused.
+        rerank: puts the trained reranker to work that lies beside the index, where it is enabled and
+            there; None leaves it out.
+
     Raises:
-        DataError: there is no index.
+        DataError: there is no index, or the reranker is damaged.
         IndexMismatch: it was built with another embedder.
     """
-    return Retriever(
-        open_index(folder, embedder=MiniLMEmbedder()),
-        candidates=retrieve.candidates,
-        rrf_k=retrieve.rrf_k,
-        lexical_weight=retrieve.lexical_weight,
-        dense_weight=retrieve.dense_weight,
-    )
+    beside = folder.parent / FOLDER
+    index = open_index(folder, embedder=MiniLMEmbedder())
+    try:
+        wanted = rerank is not None and rerank.enabled and beside.is_dir()
+        return Retriever(
+            index,
+            candidates=retrieve.candidates,
+            rrf_k=retrieve.rrf_k,
+            lexical_weight=retrieve.lexical_weight,
+            dense_weight=retrieve.dense_weight,
+            reranker=open_reranker(beside, index.passages) if wanted else None,
+            rerank_candidates=rerank.candidates if rerank is not None else 0,
+        )
+    except BaseException:
+        index.close()
+        raise
 
 
 class Retriever:
@@ -39,19 +55,31 @@ class Retriever:
         rrf_k: the constant of the fusion, see `rag.fuse.fuse`.
         lexical_weight: weight of the BM25 list; 0 leaves it out.
         dense_weight: weight of the vectors' list; 0 leaves it out.
+        reranker: orders the first ``rerank_candidates`` of the fused list anew.
+        rerank_candidates: how many it orders, and how many passages each list contributes at least.
 
     Raises:
         ConfigError: both weights are 0.
     """
 
     def __init__(
-        self, index: Index, *, candidates: int, rrf_k: int, lexical_weight: float, dense_weight: float
+        self,
+        index: Index,
+        *,
+        candidates: int,
+        rrf_k: int,
+        lexical_weight: float,
+        dense_weight: float,
+        reranker: Reranker | None = None,
+        rerank_candidates: int = 100,
     ) -> None:
         weights = {"dense": dense_weight, "lexical": lexical_weight}
         self.index = index
         self._weights = {name: weight for name, weight in weights.items() if weight > 0}
         self._candidates = candidates
         self._rrf_k = rrf_k
+        self._reranker = reranker
+        self._rerank_candidates = rerank_candidates if reranker is not None else 0
         if not self._weights:
             raise ConfigError(
                 "lexical_weight and dense_weight are both 0",
@@ -76,26 +104,43 @@ class Retriever:
     def retrieve(self, query: str, *, top_k: int) -> list[Hit]:
         """The ``top_k`` best passages, best first, ties broken by passage id; none for an empty query.
 
-        Scores are fused ranks, comparable within one call only.
+        Scores are fused ranks, or the reranker's where there is one, comparable within one call only.
         """
         return self.retrieve_many([query], top_k=top_k)[0]
 
     def retrieve_many(self, queries: Sequence[str], *, top_k: int) -> list[list[Hit]]:
         """`retrieve` for each query; the queries are embedded together."""
-        asked = [i for i, query in enumerate(queries) if query.strip()]
-        depth = max(self._candidates, top_k)
-        dense: dict[int, list[str]] = {}
-        if asked and "dense" in self._weights:
-            vectors = self.index.embedder.embed([queries[i] for i in asked])
-            dense = dict(zip(asked, self.index.search_dense(vectors, top_k=depth), strict=True))
         hits: list[list[Hit]] = [[] for _ in queries]
-        for i in asked:
-            rankings = {"dense": dense[i]} if i in dense else {}
-            if "lexical" in self._weights:
-                rankings["lexical"] = self.index.search_lexical(queries[i], top_k=depth)
-            fused = fuse(rankings, weights=self._weights, k=self._rrf_k)[:top_k]
+        for i, fused in self.candidates(queries, depth=top_k).items():
+            if self._reranker is not None:
+                pool = fused[: max(self._rerank_candidates, top_k)]
+                fused = self._reranker.reorder(queries[i], pool)
             hits[i] = [
-                Hit(passage=self.index.by_id[entry.item], score=entry.score, ranks=entry.ranks)
-                for entry in fused
+                Hit(
+                    passage=self.index.by_id[entry.item],
+                    score=entry.score,
+                    ranks=entry.ranks,
+                    scores={name: round(score, 6) for name, score in entry.scores.items()},
+                )
+                for entry in fused[:top_k]
             ]
         return hits
+
+    def candidates(self, queries: Sequence[str], *, depth: int) -> dict[int, list[Fused]]:
+        """The fused lists of the queries that are not empty, by position, before any reranking.
+
+        Each of the two lists is at least ``depth`` long, where the index has as many.
+        """
+        asked = [i for i, query in enumerate(queries) if query.strip()]
+        length = max(self._candidates, self._rerank_candidates, depth)
+        dense: dict[int, dict[str, float]] = {}
+        if asked and "dense" in self._weights:
+            vectors = self.index.embedder.embed([queries[i] for i in asked])
+            dense = dict(zip(asked, self.index.score_dense(vectors, top_k=length), strict=True))
+        found = {}
+        for i in asked:
+            rankings: dict[str, Mapping[str, float]] = {"dense": dense[i]} if i in dense else {}
+            if "lexical" in self._weights:
+                rankings["lexical"] = self.index.score_lexical(queries[i], top_k=length)
+            found[i] = fuse(rankings, weights=self._weights, k=self._rrf_k)
+        return found

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+from domains.config import OnUnsupported
 from domains.errors import ContextOverflow
-from domains.records import Answer, Citation, Hit, Message, Passage
-from rag.answers import is_abstention, one_reply, parse_reply
-from rag.citations import check_quotes, find_support
+from domains.records import Answer, Hit, Message, Reflection
+from rag.answers import one_reply, parse_reply
 from rag.prompt import neutralise, student_messages
+from serve.checking import Checked, check_reply
+from serve.confidence import Calibration
 from serve.engine import Completion, Engine
+from serve.reflection import Reflected, Reflector
+from serve.signals import likelihood_of, measure
 from serve.streaming import ReplyStream
 
 
@@ -31,7 +35,7 @@ class Asked:
     """A question ready for the model: its tokens and the evidence shown with it.
 
     ``max_tokens`` is the most the reply may have, ``dropped_turns`` how many of the oldest turns of the
-    history were left out to make room.
+    history were left out to make room; ``history`` is the rest.
     """
 
     question: str
@@ -40,6 +44,7 @@ class Asked:
     hits: list[Hit]
     max_tokens: int
     dropped_turns: int = 0
+    history: tuple[Message, ...] = ()
 
 
 class Assistant:
@@ -52,7 +57,11 @@ class Assistant:
         abstain: the sentence that says "I don't know" in this domain.
         top_k: passages shown to the model.
         max_tokens: most tokens of a reply.
-        withdraw_unsupported: replace an answer that no shown passage supports by ``abstain``.
+        unsupported: what becomes of text that no shown passage supports, see ``[serve]``.
+        calibration: says how sure an answer is; None leaves its confidence open.
+        threshold: abstain where the confidence is lower.
+        signals: measure an answer's signals although there is no calibration.
+        reflector: judges evidence while answering, see `serve.reflection`; None shows the passages and answers.
     """
 
     def __init__(
@@ -64,16 +73,29 @@ class Assistant:
         abstain: str,
         top_k: int,
         max_tokens: int,
-        withdraw_unsupported: bool,
+        unsupported: OnUnsupported,
+        calibration: Calibration | None = None,
+        threshold: float = 0.0,
+        signals: bool = False,
+        reflector: Reflector | None = None,
     ) -> None:
         self.engine = engine
         self.retriever = retriever
         self._system = system
-        self._abstain = abstain
-        self._top_k = top_k
+        self.abstention = self._abstain = abstain
+        self.top_k = top_k
         self._max_tokens = max_tokens
-        self._withdraw = withdraw_unsupported
+        self._unsupported = unsupported
+        self._reflector = reflector
+        self._calibration = calibration
+        self._threshold = threshold if calibration is not None and calibration.signals else 0.0
+        self._watch = self._abstaining_token() if signals or calibration is not None else None
         self._retrieving = threading.Lock()  # stores and stemmers need not be safe to share
+
+    def close(self) -> None:
+        """Free what the back-end opened; model and retriever are the caller's."""
+        if self._reflector is not None:
+            self._reflector.close()
 
     def prepare(
         self,
@@ -99,10 +121,11 @@ class Assistant:
         """
         limit = min(max_tokens or self._max_tokens, self._max_tokens)
         query = query or question
-        hits = self._find(query)
+        shows = self._reflector is None or self._reflector.retrieves_first
+        hits = self.find(query, top_k=self.top_k) if shows else []
         dropped = 0
         while True:
-            tokens = self._prompt(question, hits, history[dropped:])
+            tokens = self.prompt(question, hits, history[dropped:])
             try:
                 self.engine.check_fits(len(tokens), limit)
             except ContextOverflow:
@@ -110,15 +133,22 @@ class Assistant:
                     raise
                 dropped = min(dropped + 2, len(history))
             else:
-                return Asked(question, query, tokens, hits, limit, dropped)
+                return Asked(question, query, tokens, hits, limit, dropped, tuple(history[dropped:]))
 
-    def _find(self, query: str) -> list[Hit]:
+    @property
+    def has_retriever(self) -> bool:
+        """False where questions are asked closed-book."""
+        return self.retriever is not None
+
+    def find(self, query: str, *, top_k: int) -> list[Hit]:
+        """The best passages for a query, best first; none without a retriever."""
         if self.retriever is None:
             return []
         with self._retrieving:
-            return self.retriever.retrieve(query, top_k=self._top_k)
+            return self.retriever.retrieve(query, top_k=top_k)
 
-    def _prompt(self, question: str, hits: Sequence[Hit], history: Sequence[Message]) -> list[int]:
+    def prompt(self, question: str, hits: Sequence[Hit], history: Sequence[Message]) -> list[int]:
+        """The tokens that the reply is written to: system, earlier turns, passages, question."""
         system, *turn = student_messages(self._system, question, [hit.passage for hit in hits])
         earlier = [Message(role=old.role, content=neutralise(old.content)) for old in history]
         return self.engine.tokenize(self.engine.render([system, *earlier, *turn]))
@@ -135,8 +165,13 @@ class Assistant:
         """Answer prepared questions together; greedy, in the given order."""
         if not asked:
             return []
+        if self._reflector is not None:
+            made = self._reflector.reflect(asked, self)
+            return [self._judge_reflected(item, result) for item, result in zip(asked, made, strict=True)]
         limit = max(item.max_tokens for item in asked)
-        completions = self.engine.generate([item.tokens for item in asked], max_tokens=limit)
+        completions = self.engine.generate(
+            [item.tokens for item in asked], max_tokens=limit, watch=self._watch
+        )
         return [self.judge(item, completion) for item, completion in zip(asked, completions, strict=True)]
 
     def stream(self, asked: Asked, *, temperature: float = 0.0, seed: int = 0) -> Iterator[str | Answer]:
@@ -144,10 +179,20 @@ class Assistant:
 
         The pieces are together exactly ``Answer.text``; nothing is shown that is withdrawn later (see
         `serve.streaming`). Pieces may be empty: the model wrote something that can't be shown yet.
-        Closing the iterator stops the model.
+        Closing the iterator stops the model. A reflecting assistant weighs several answers, greedily: its text
+        comes in one piece.
         """
+        if self._reflector is not None:
+            (answer,) = self.ask_many([asked])
+            yield answer.text
+            yield answer
+            return
         live = ReplyStream(
-            [hit.passage for hit in asked.hits], abstain=self._abstain, withdraw_unsupported=self._withdraw
+            [hit.passage for hit in asked.hits],
+            question=asked.question,
+            abstain=self._abstain,
+            unsupported=self._unsupported,
+            hold_back=self._threshold > 0,
         )
         completion = yield from self._write(asked, live, temperature, seed)
         answer = self.judge(asked, completion)
@@ -158,10 +203,15 @@ class Assistant:
         self, asked: Asked, live: ReplyStream, temperature: float, seed: int
     ) -> Generator[str, None, Completion]:
         writing = self.engine.stream(
-            asked.tokens, max_tokens=asked.max_tokens, temperature=temperature, seed=seed
+            asked.tokens,
+            max_tokens=asked.max_tokens,
+            temperature=temperature,
+            seed=seed,
+            watch=self._watch,
         )
         try:
-            while not live.over:
+            # The log-probabilities come with the end: where they count, a reply that repeats itself goes on.
+            while self._watch is not None or not live.over:
                 yield live.feed(next(writing))
         except StopIteration as end:
             completion: Completion = end.value
@@ -172,35 +222,76 @@ class Assistant:
         tokens = self.engine.tokenize(live.text)[self.engine.adds_bos :]
         return Completion(live.text, tokens, len(asked.tokens), "stop")
 
-    def judge(self, asked: Asked, completion: Completion) -> Answer:
-        """Check a completion against the evidence it was shown."""
-        passages = [hit.passage for hit in asked.hits]
-        reply = parse_reply(one_reply(completion.text))
-        citations, rejected = check_quotes(reply.quotes, passages)
-        text = reply.answer
-        abstained = not text or is_abstention(text, abstain=self._abstain)
-        if not abstained and passages and not citations:
-            citations = _found_support(asked.question, text, reply.rationale, passages)
-        supported = bool(citations) and not abstained
-        if abstained:
-            text, citations = self._abstain, []
-        elif passages and not supported and self._withdraw:
-            text = self._abstain
+    def _judge_reflected(self, asked: Asked, made: Reflected) -> Answer:
+        """`judge` on the evidence that the back-end let stand; numbers are those of all passages shown."""
+        kept = replace(asked, hits=[made.shown[number - 1] for number in made.evidence])
+        answer = self.judge(kept, made.completion, made.reflection)
+        citations = [
+            citation.model_copy(update={"number": made.evidence[citation.number - 1]})
+            for citation in answer.citations
+        ]
+        return answer.model_copy(
+            update={
+                "citations": citations,
+                "passages": made.shown,
+                "raw": made.raw,
+                "reflection": made.reflection,
+            }
+        )
+
+    def judge(self, asked: Asked, completion: Completion, reflection: Reflection | None = None) -> Answer:
+        """Check a completion against the evidence it was shown, and say how sure it is."""
+        checked = check_reply(
+            completion.text,
+            question=asked.question,
+            passages=[hit.passage for hit in asked.hits],
+            abstain=self._abstain,
+            unsupported=self._unsupported,
+        )
+        signals = self._signals(asked, completion, checked, reflection)
+        confidence = None
+        if signals and self._calibration is not None and checked.given:
+            confidence = self._calibration.confidence(signals)
+        if confidence is not None and confidence < self._threshold:
+            checked = checked.withheld_as_unsure(self._abstain)
         return Answer(
             question=asked.question,
-            text=text,
+            text=checked.text,
             raw=completion.text,
-            support="abstained" if abstained else "supported" if supported else "unsupported",
-            citations=citations,
-            rejected_quotes=rejected,
+            support=checked.support,
+            citations=checked.citations,
+            rejected_quotes=checked.rejected,
             passages=list(asked.hits),
             prompt_tokens=completion.prompt_tokens,
             completion_tokens=len(completion.tokens),
+            statements=checked.statements,
+            withheld=checked.withheld,
+            confidence=confidence,
+            signals=signals,
         )
 
+    def _signals(
+        self, asked: Asked, completion: Completion, checked: Checked, reflection: Reflection | None
+    ) -> dict[str, float]:
+        """The signals of an answer, rounded to what a file keeps; none where they are not measured."""
+        if self._watch is None:
+            return {}
+        reply = one_reply(completion.text).rstrip()
+        answer = parse_reply(reply).answer
+        signals = measure(
+            question=asked.question,
+            answer=answer,
+            hits=asked.hits,
+            citations=checked.citations,
+            rejected=len(checked.rejected),
+            likelihood=likelihood_of(
+                completion, reply=reply, answer=answer, detokenize=self.engine.detokenize
+            ),
+            reflection=reflection,
+        )
+        return {name: round(value, 6) for name, value in signals.items()}
 
-def _found_support(question: str, answer: str, rationale: str, passages: Sequence[Passage]) -> list[Citation]:
-    """A passage sentence that carries the answer; a short answer is read together with its question."""
-    claim = answer if len(answer.split()) >= 4 else f"{question} {rationale} {answer}"
-    citation = find_support(claim, passages)
-    return [citation] if citation else []
+    def _abstaining_token(self) -> tuple[int, ...]:
+        """The first token of the abstention as it stands behind "Answer:"."""
+        begin = len(self.engine.tokenize("Answer:"))
+        return tuple(self.engine.tokenize(f"Answer: {self._abstain}")[begin : begin + 1])

@@ -7,25 +7,31 @@ chat template. A bundle is data; nothing in it is ever executed.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from domains.config import DomainConfig, read_config
 from domains.domain import Domain, find_domain
 from domains.errors import ConfigError, DataError, ModelError
+from rag.rerank import FOLDER as RERANKER
 from rag.retrieve import Retriever, open_retriever
 from serve.assistant import Assistant
+from serve.confidence import Calibration, Choice, describe_choice, read_calibration
 from serve.engine import Engine
 from serve.gguf_check import check_gguf
-from serve.manifest import MANIFEST, Manifest, read_manifest
+from serve.manifest import CALIBRATION, MANIFEST, Manifest, read_manifest
 from serve.models import SMOLLM2, inference_gguf, sha256_file
+from serve.reflection import open_reflector
 
 STUDENT = "student.gguf"
 
 
 @dataclass(frozen=True)
 class OpenBundle:
-    """An assistant ready to answer, and where it came from. ``manifest`` is None for an untrained base."""
+    """An assistant ready to answer, and where it came from. ``manifest`` is None for an untrained base.
+
+    ``notes`` are what a user should be told before asking.
+    """
 
     assistant: Assistant
     engine: Engine
@@ -33,6 +39,7 @@ class OpenBundle:
     config: DomainConfig
     manifest: Manifest | None
     folder: Path
+    notes: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -41,6 +48,7 @@ class OpenBundle:
 
     def close(self) -> None:
         """Free the model and give the index's files back."""
+        self.assistant.close()
         self.engine.close()
         self.retriever.close()
 
@@ -124,7 +132,7 @@ def open_bundle(folder: Path, *, parallel: int | None = None, unready_ok: bool =
     system = _read_prompt(folder / "prompts" / "system.md", manifest.domain)
     return _open(
         config, folder, gguf=folder / STUDENT, index_folder=folder / "index", system=system,
-        manifest=manifest, parallel=parallel,
+        manifest=manifest, parallel=parallel, calibration=_read_calibration(folder, manifest),
     )  # fmt: skip
 
 
@@ -158,10 +166,21 @@ def _open(
     system: str,
     manifest: Manifest | None,
     parallel: int | None,
+    calibration: Calibration | None = None,
 ) -> OpenBundle:
-    retriever = open_retriever(index_folder, config.retrieve)
+    choice, notes = _choose(calibration, config.serve.max_wrong)
+    reflect = config.reflect
+    if manifest is None and reflect.backend in {"tokens", "text"}:
+        reflect = reflect.model_copy(update={"backend": "none"})
+        notes.append(f"The untrained student has not learnt [reflect] backend = {config.reflect.backend!r}.")
+    retriever = open_retriever(index_folder, config.retrieve, config.rerank)
     try:
         engine = Engine(gguf, context=config.student.context, parallel=parallel or config.serve.parallel)
+        try:
+            reflector = open_reflector(reflect, engine)
+        except BaseException:
+            engine.close()
+            raise
     except BaseException:
         retriever.close()
         raise
@@ -172,13 +191,29 @@ def _open(
         abstain=config.domain.abstain,
         top_k=config.retrieve.top_k,
         max_tokens=config.serve.max_tokens,
-        withdraw_unsupported=config.serve.withdraw_unsupported,
+        unsupported=config.serve.unsupported,
+        calibration=calibration,
+        threshold=choice.level.threshold if choice else 0.0,
+        reflector=reflector,
     )
-    return OpenBundle(assistant, engine, retriever, config, manifest, folder)
+    return OpenBundle(assistant, engine, retriever, config, manifest, folder, notes)
+
+
+def _choose(calibration: Calibration | None, max_wrong: float) -> tuple[Choice | None, list[str]]:
+    """The threshold for ``[serve] max_wrong``, and what a user must know about it."""
+    if not max_wrong:
+        return None, []
+    choice = calibration.choose(max_wrong) if calibration else None
+    if choice is None:
+        reason = calibration.reason if calibration else "there is no calibration"
+        return None, [
+            f"[serve] max_wrong = {max_wrong:g} can't be kept: {reason}. Answers are given however unsure they are."
+        ]
+    return choice, [describe_choice(choice, max_wrong)]
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
-    """Every file of the manifest is there in its size, and the student byte for byte.
+    """Every file of the manifest is there in its size; the student, its calibration and the reranker byte for byte.
 
     The other formats are not opened, so their bytes are not read.
     """
@@ -193,7 +228,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             problems.append(f"{name}: missing")
         elif path.stat().st_size != entry.size_bytes:
             problems.append(f"{name}: {path.stat().st_size} bytes instead of {entry.size_bytes}")
-        elif name == STUDENT and sha256_file(path) != entry.sha256:
+        elif _read_whole(name) and sha256_file(path) != entry.sha256:
             problems.append(f"{name}: its bytes changed (sha256)")
     if problems:
         raise DataError(
@@ -201,6 +236,24 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             expected=f"the files that {MANIFEST} names",
             next_step=f"copy the bundle again, or preceptor export {manifest.domain}",
         )
+
+
+def _read_whole(name: str) -> bool:
+    return name in {STUDENT, CALIBRATION} or name.startswith(f"{RERANKER}/")
+
+
+def _read_calibration(folder: Path, manifest: Manifest) -> Calibration | None:
+    """None where the manifest knows of none: a bundle that was exported and not calibrated."""
+    if CALIBRATION not in manifest.files:
+        return None
+    calibration = read_calibration(folder / CALIBRATION)
+    if calibration.sources.get(STUDENT) != manifest.files[STUDENT].sha256:
+        raise DataError(
+            f"{str(folder / CALIBRATION)!r} was fitted to another student",
+            expected=f"sha256 {manifest.files[STUDENT].sha256[:12]}… of {STUDENT}",
+            next_step=f"preceptor calibrate {manifest.domain}",
+        )
+    return calibration
 
 
 def _check_student(gguf: Path, manifest: Manifest) -> None:

@@ -10,6 +10,7 @@ from domains.errors import ContextOverflow
 from domains.records import Answer, Hit, Message
 from serve.assistant import Asked, Assistant
 from serve.bundle import OpenBundle
+from serve.reflection_lines import reflection_lines
 from serve.turns import retrieval_query, source_lines
 
 HELP = """\
@@ -24,7 +25,7 @@ Ask a question; a follow-up may lean on the one before.
 def chat_session(bundle: OpenBundle, console: Console) -> None:
     """Talk with the person at the console until ``/quit``, Ctrl-D or Ctrl-C."""
     about = bundle.config.domain
-    for line in (about.title, about.disclaimer, "/help lists the commands, /quit leaves."):
+    for line in (about.title, about.disclaimer, *bundle.notes, "/help lists the commands, /quit leaves."):
         if line:
             console.print(line, markup=False, highlight=False)
     for text in chat_lines(bundle.assistant, _typed(console)):
@@ -99,13 +100,25 @@ class _Talk:
 
 def verdict_text(answer: Answer) -> str:
     """What stands below an answer: its sources, or that there are none. Whole lines."""
+    if answer.withheld == "unsure":
+        return "Not sure enough of what the model wrote, so it is not shown.\n"
     if answer.support == "supported":
-        return "\n".join(["Sources", *(f"  {line}" for line in source_lines(answer))]) + "\n"
+        lines = ["Sources", *(f"  {line}" for line in source_lines(answer)), *_left_out(answer)]
+        return "".join(f"{line}\n" for line in lines)
     if answer.support == "abstained" or not answer.passages:
         return "No sources.\n"
-    if answer.text in answer.raw:
-        return "No passage supports this answer.\n"
-    return "No passage supports what the model wrote, so it is not shown.\n"
+    if answer.withheld == "unsupported":
+        return "No passage supports what the model wrote, so it is not shown.\n"
+    return "No passage supports this answer.\n"
+
+
+def _left_out(answer: Answer) -> list[str]:
+    if answer.withheld != "partly":
+        return []
+    count = sum(not statement.citations for statement in answer.statements)
+    return [
+        f"{count} sentence{'s' * (count > 1)} that no passage supports {'are' if count > 1 else 'is'} not shown."
+    ]
 
 
 def explain(asked: Asked, answer: Answer, *, context: int) -> list[str]:
@@ -117,8 +130,11 @@ def explain(asked: Asked, answer: Answer, *, context: int) -> list[str]:
         context: tokens that prompt and reply must fit into.
     """
     lines = [f"Looked for: {' '.join(asked.query.split())!r}"]
-    lines += [f"Passages shown to the model: {len(asked.hits)}"]
-    lines += [_hit_line(number, hit, answer) for number, hit in enumerate(asked.hits, 1)]
+    hits = asked.hits if answer.reflection is None else answer.passages
+    lines += [f"Passages shown to the model: {len(hits)}"]
+    lines += [_hit_line(number, hit, answer) for number, hit in enumerate(hits, 1)]
+    if answer.reflection is not None:
+        lines += reflection_lines(answer.reflection)
     by_model = [citation for citation in answer.citations if citation.by == "model"]
     lines.append(
         f"Quotes that stand in a passage: {len(by_model)}; that stand nowhere: {len(answer.rejected_quotes)}"
@@ -129,6 +145,10 @@ def explain(asked: Asked, answer: Answer, *, context: int) -> list[str]:
         for citation in answer.citations
         if citation.by == "overlap"
     ]
+    lines += _statement_lines(answer)
+    if answer.confidence is not None:
+        unsure = ", too unsure to be shown" if answer.withheld == "unsure" else ""
+        lines.append(f"Confidence that it is right and supported: {100 * answer.confidence:.0f} %{unsure}")
     lines.append(f"Verdict: {answer.support}")
     if answer.text not in answer.raw:
         lines.append(f"The model wrote: {answer.raw.strip()!r}")
@@ -138,6 +158,18 @@ def explain(asked: Asked, answer: Answer, *, context: int) -> list[str]:
         f"Tokens: {len(asked.tokens)} in the prompt, {answer.completion_tokens} written (at most "
         f"{asked.max_tokens}), {context} in the context; nothing was cut"
     )
+    return lines
+
+
+def _statement_lines(answer: Answer) -> list[str]:
+    """Which sentence rests on which source, where there is more than one sentence."""
+    if len(answer.statements) < 2 or not answer.citations:
+        return []
+    lines = ["Sentence by sentence:"]
+    for statement in answer.statements:
+        numbers = sorted({answer.citations[i].number for i in statement.citations})
+        rests = ", ".join(f"[{number}]" for number in numbers) or "no passage"
+        lines.append(f"  {rests}: {' '.join(statement.text.split())}")
     return lines
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import codecs
 import queue
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -215,9 +216,17 @@ class Engine:
             raise
 
     def stream(
-        self, prompt: Sequence[int], *, max_tokens: int, temperature: float = 0.0, seed: int = 0
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        watch: Sequence[int] | None = None,
     ) -> Generator[str, None, Completion]:
         """The completion's text in pieces as it is written; closing the generator stops the writing.
+
+        ``watch`` is that of `generate`.
 
         A piece may be empty: one comes every quarter of a second while the request waits its turn. The
         generator's value (``yield from``) is the `Completion`. Nothing runs before the first ``next``.
@@ -225,7 +234,9 @@ class Engine:
         Raises:
             ContextOverflow: prompt and ``max_tokens`` exceed the context (at once).
         """
-        return self._pieces(self._job(prompt, max_tokens, temperature, seed, None))
+        job = self._job(prompt, max_tokens, temperature, seed, None)
+        job.watch = None if watch is None else tuple(watch)
+        return self._pieces(job)
 
     def _pieces(self, job: _Job) -> Generator[str, None, Completion]:
         try:
@@ -408,8 +419,41 @@ class Engine:
         """
         if not 0 <= first < len(tokens):
             raise ModelError(f"first = {first} for {len(tokens)} tokens", expected="0 <= first < tokens")
-        if len(tokens) > self.context:
-            raise ContextOverflow(f"{len(tokens)} tokens", expected=f"at most {self.context}, the context")
+        with self._idle_sequence(len(tokens)) as sequence:
+            return self._score(tokens, first, sequence)
+
+    def log_likelihoods(
+        self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> npt.NDArray[np.float64]:
+        """Natural-log probability of each continuation of one prompt, float64 [continuations].
+
+        The prompt is decoded once. An empty continuation has 0.
+
+        Raises:
+            ContextOverflow: prompt and a continuation are more than the context holds.
+        """
+        longest = max(map(len, continuations), default=0)
+        with self._idle_sequence(len(prompt) + longest) as sequence:
+            after = self._score(prompt, len(prompt) - 1, sequence)
+            found = []
+            for tokens in continuations:
+                rows = after
+                if len(tokens) > 1:
+                    more = self._score(tokens[:-1], 0, sequence, start=len(prompt))
+                    rows = np.concatenate([after, more])
+                    self._llama.forget_from(sequence, len(prompt))
+                found.append(
+                    sum(
+                        float(_log_softmax(row, [token])[0]) for row, token in zip(rows, tokens, strict=False)
+                    )
+                )
+            return np.asarray(found, dtype=np.float64)
+
+    @contextmanager
+    def _idle_sequence(self, tokens: int) -> Iterator[int]:
+        """A free sequence for scoring, under the lock, its cache empty before and after."""
+        if tokens > self.context:
+            raise ContextOverflow(f"{tokens} tokens", expected=f"at most {self.context}, the context")
         with self._lock:
             if self._closed:
                 raise _closed_error()
@@ -419,17 +463,19 @@ class Engine:
             slot.cached = []
             self._llama.forget_from(slot.number)
             try:
-                return self._score(tokens, first, slot.number)
+                yield slot.number
             finally:
                 self._llama.forget_from(slot.number)
 
-    def _score(self, tokens: Sequence[int], first: int, sequence: int) -> npt.NDArray[np.float32]:
+    def _score(
+        self, tokens: Sequence[int], first: int, sequence: int, *, start: int = 0
+    ) -> npt.NDArray[np.float32]:
         rows: list[npt.NDArray[np.float32]] = []
         for begin in range(0, len(tokens), BATCH_TOKENS):
             piece = tokens[begin : begin + BATCH_TOKENS]
             self._llama.clear_batch()
             for at, token in enumerate(piece, begin):
-                self._llama.add(token, position=at, sequence=sequence, wants_logits=at >= first)
+                self._llama.add(token, position=start + at, sequence=sequence, wants_logits=at >= first)
             self._llama.decode()
             rows += [self._llama.row(row).copy() for row in range(max(0, first - begin), len(piece))]
         return np.stack(rows)

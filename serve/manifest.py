@@ -12,6 +12,7 @@ from domains.jsonl import write_text_atomic
 from domains.records import Record
 
 MANIFEST = "manifest.json"
+CALIBRATION = "calibration.json"
 
 
 class BundleFile(Record):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from serve.quantizer import requantize
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def cache_folder() -> Path:
@@ -29,6 +33,20 @@ def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_base(base: str) -> None:
+    """Pass if ``base`` can name a student's base model; nothing is loaded or fetched.
+
+    Raises:
+        ModelError: it can't.
+    """
+    if base != SMOLLM2 and not Path(base).expanduser().is_dir() and not _HUB_ID.fullmatch(base):
+        raise ModelError(
+            f"no base model {base!r}",
+            expected=f"{SMOLLM2!r}, an existing folder, or a Hugging Face id such as meta-llama/Llama-3.2-1B-Instruct",
+            next_step="mend [student] base in domain.toml",
+        )
 
 
 @lru_cache(maxsize=1)

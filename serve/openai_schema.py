@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from domains.records import Answer, Message, Record
+from domains.records import Answer, Message, Record, Reflection
 from serve.turns import sources_text, without_sources
 
 # Accepted whatever they say: they tune sampling, billing or caching of a service that is not this one.
@@ -136,13 +136,22 @@ class ChatRequest(Record):
 
 
 def evidence(answer: Answer, ignored: list[str]) -> dict[str, Any]:
-    """The extension field ``preceptor`` of a reply."""
+    """The extension field ``preceptor`` of a reply; sentences that were dropped are not in it."""
     return {
         "support": answer.support,
         "citations": [citation.model_dump() for citation in answer.citations],
         "rejected_quotes": answer.rejected_quotes,
+        "statements": [item.model_dump() for item in answer.statements if item.text in answer.text],
+        "withheld": answer.withheld,
+        "confidence": answer.confidence,
+        **({"reflection": _judgements(answer.reflection)} if answer.reflection else {}),
         "ignored": ignored,
     }
+
+
+def _judgements(reflection: Reflection) -> dict[str, Any]:
+    """Numbers only: the texts that were weighed may be what was withdrawn."""
+    return reflection.model_dump(exclude={"candidates": True, "segments": {"__all__": {"text"}}})
 
 
 def usage(answer: Answer) -> dict[str, int]:

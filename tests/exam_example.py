@@ -7,6 +7,8 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+
 from domains.errors import ContextOverflow
 from domains.jsonl import write_text_atomic
 from domains.records import Hit, Passage, Question, Quote
@@ -14,7 +16,7 @@ from pipeline import exam
 from pipeline.arms import Conditions
 from pipeline.progress import Silent
 from pipeline.run_folder import Finished, Run
-from serve.engine import Completion
+from serve.engine import Completion, LogProbs
 
 ABSTAIN = "I don't know: the documents do not say."
 CLUBS = [
@@ -142,7 +144,12 @@ class ActorEngine:
     def forget(self) -> None:
         assert not self.closed
 
-    def generate(self, prompts: list[list[int]], *, max_tokens: int) -> list[Completion]:
+    def detokenize(self, tokens: list[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+    def generate(
+        self, prompts: list[list[int]], *, max_tokens: int, watch: tuple[int, ...] | None = None
+    ) -> list[Completion]:
         assert not self.closed
         made = []
         for prompt in prompts:
@@ -150,7 +157,12 @@ class ActorEngine:
             if self.fail_after is not None and ActorEngine.asked > self.fail_after:
                 raise KeyboardInterrupt
             text = self._reply(bytes(prompt).decode())
-            made.append(Completion(text, list(text.encode())[:max_tokens], len(prompt), "stop"))
+            tokens = list(text.encode())[:max_tokens]
+            log_probs = None
+            if watch is not None:  # it is surer of what it can read than of what it makes up
+                taken = np.full(len(tokens) + 1, -0.1 if '"' in text else -2.0, dtype=np.float32)
+                log_probs = LogProbs(taken, np.full((len(taken), len(watch)), -5.0, dtype=np.float32))
+            made.append(Completion(text, tokens, len(prompt), "stop", log_probs))
         return made
 
     def _reply(self, prompt: str) -> str:

@@ -6,11 +6,14 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from domains.config import OnUnsupported
 from domains.domain import Domain, load_domain
 from domains.errors import ContextOverflow
 from domains.records import Document, Hit, Message, Passage
 from serve.assistant import Assistant
-from serve.engine import Completion
+from serve.engine import Completion, LogProbs
 
 ABSTAIN = "I don't know: the documents do not say."
 TEXTS = {
@@ -114,18 +117,42 @@ class ScriptedEngine:
         if prompt_tokens + max_tokens > self.context:
             raise ContextOverflow(f"{prompt_tokens + max_tokens} tokens", expected=f"at most {self.context}")
 
-    def _complete(self, prompt: Sequence[int], max_tokens: int) -> Completion:
+    def _complete(
+        self, prompt: Sequence[int], max_tokens: int, watch: Sequence[int] | None = None
+    ) -> Completion:
         asked = "".join(map(chr, prompt))
         self.prompts.append(asked)
         text = self.reply(asked)
         finish = "length" if len(text) > max_tokens else "stop"
-        return Completion(text[:max_tokens], self.tokenize(text[:max_tokens]), len(prompt), finish)
+        tokens = self.tokenize(text[:max_tokens])
+        return Completion(text[:max_tokens], tokens, len(prompt), finish, self._log_probs(tokens, watch))
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_tokens: int, **_: Any) -> list[Completion]:
-        return [self._complete(prompt, max_tokens) for prompt in prompts]
+    def _log_probs(self, tokens: Sequence[int], watch: Sequence[int] | None) -> LogProbs | None:
+        """Vowels were certain, digits hardly, all else in between."""
+        if watch is None:
+            return None
+        sure = {"a": 0.0, "e": 0.0, "i": 0.0, "o": 0.0, "u": 0.0, **dict.fromkeys("0123456789", -4.0)}
+        taken = [sure.get(chr(token), -1.0) for token in tokens] + [-0.5]
+        watched = np.full((len(taken), len(watch)), -7.0, dtype=np.float32)
+        return LogProbs(np.array(taken, dtype=np.float32), watched)
 
-    def stream(self, prompt: Sequence[int], *, max_tokens: int, **_: Any) -> Generator[str, None, Completion]:
-        done = self._complete(prompt, max_tokens)
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        return "".join(map(chr, tokens))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        watch: Sequence[int] | None = None,
+        **_: Any,
+    ) -> list[Completion]:
+        return [self._complete(prompt, max_tokens, watch) for prompt in prompts]
+
+    def stream(
+        self, prompt: Sequence[int], *, max_tokens: int, watch: Sequence[int] | None = None, **_: Any
+    ) -> Generator[str, None, Completion]:
+        done = self._complete(prompt, max_tokens, watch)
         self.streams_open += 1
         try:
             for at in range(0, len(done.text), self.piece):
@@ -140,8 +167,9 @@ def scripted_assistant(
     *names: str,
     context: int = 100_000,
     max_tokens: int = 4000,
-    withdraw: bool = True,
+    unsupported: OnUnsupported = "withdraw",
     piece: int = 3,
+    **more: Any,
 ) -> tuple[Assistant, Any, FixedRetriever]:
     """An assistant with a scripted model, the model, and its retriever."""
     engine: Any = ScriptedEngine(reply, context=context, piece=piece)
@@ -153,6 +181,7 @@ def scripted_assistant(
         abstain=ABSTAIN,
         top_k=2,
         max_tokens=max_tokens,
-        withdraw_unsupported=withdraw,
+        unsupported=unsupported,
+        **more,
     )
     return assistant, engine, retriever

@@ -33,7 +33,7 @@ def test_an_answer_without_a_quote_is_supported_by_a_sentence_that_says_it() -> 
 def test_an_unsupported_answer_is_withdrawn_or_marked() -> None:
     reply = '"Brenzal cures every headache within minutes." [1]\nAnswer: It cures headaches at once.'
     withdrawing, _, _ = scripted_assistant(reply, "Brenzal")
-    marking, _, _ = scripted_assistant(reply, "Brenzal", withdraw=False)
+    marking, _, _ = scripted_assistant(reply, "Brenzal", unsupported="keep")
     gone, marked = withdrawing.ask("What for?"), marking.ask("What for?")
     assert (gone.text, gone.support, gone.citations) == (ABSTAIN, "unsupported", [])
     assert (marked.text, marked.support) == ("It cures headaches at once.", "unsupported")

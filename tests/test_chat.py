@@ -24,7 +24,7 @@ def test_an_answer_is_followed_by_its_literal_sources() -> None:
 def test_what_was_withdrawn_or_unknown_is_said() -> None:
     invented = "Answer: It cures headaches at once."
     gone, _, _ = scripted_assistant(invented, "Brenzal")
-    kept, _, _ = scripted_assistant(invented, "Brenzal", withdraw=False)
+    kept, _, _ = scripted_assistant(invented, "Brenzal", unsupported="keep")
     unknown, _, _ = scripted_assistant(f"Answer: {ABSTAIN}", "Brenzal")
     withdrawn = "".join(chat_lines(gone, ["What for?"]))
     assert "headaches" not in withdrawn
@@ -143,3 +143,14 @@ def test_a_session_with_the_real_model_lasts_until_quit_or_the_end(
     assert shown.count("dense rank") == 2
     assert "[1] Brenzal" in shown  # not taken for markup
     assert "1024 in the context" in shown
+
+
+def test_how_many_sentences_were_dropped_is_said_and_why_shows_which() -> None:
+    reply = "Answer: The adult dose of Brenzal is 40 mg once a day. It cures gout. It tastes of mint."
+    assistant, _, _ = scripted_assistant(reply, "Brenzal", unsupported="drop")
+    said = "".join(chat_lines(assistant, ["What is the dose?", "/why"]))
+    before, _, why = said.partition("Sentence by sentence:")
+    assert "gout" not in before
+    assert "2 sentences that no passage supports are not shown." in before
+    assert "[1]: The adult dose" in why
+    assert "no passage: It cures gout." in why

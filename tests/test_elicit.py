@@ -13,10 +13,12 @@ from domains.domain import Domain
 from domains.errors import DataError, StageError
 from domains.jsonl import read_jsonl
 from domains.records import Document, Passage, Question, Quote, Rationale
-from pipeline.elicit import TERMS, build_requests, choose_questions, choose_teacher, plan, run
+from pipeline.elicit import choose_questions, choose_teacher, plan, run
+from pipeline.ledger import Ledger
 from pipeline.progress import Silent
 from pipeline.run_folder import Run
-from pipeline.teacher import ScriptedTeacher
+from pipeline.strategies.desk import TERMS
+from pipeline.teacher import Request
 from pipeline.teacher_endpoint import EndpointTeacher
 from pipeline.teacher_local import LocalTeacher
 from pipeline.teacher_passages import holding, teacher_passages
@@ -253,15 +255,6 @@ def test_replies_are_read_as_rationale_and_answer(text: str, rationale: str, ans
     assert read_reply(text) == (rationale, answer)
 
 
-def test_samples_differ_in_their_key_and_temperature_0_has_one(tmp_path: Path) -> None:
-    teacher = ScriptedTeacher(lambda _: REPLY)
-    for temperature, expected in ((0.7, [0, 1]), (0.0, [0])):
-        domain = make_domain(tmp_path, temperature=temperature)
-        asked = build_requests(domain, [], lambda query, top_k: [], teacher, [question()], None)
-        assert [item.request.sample for item in asked] == expected
-        assert len({item.request.key for item in asked}) == len(expected)
-
-
 # -- which teacher ---------------------------------------------------------------------------------
 
 
@@ -301,9 +294,9 @@ def test_a_run_writes_rationales_and_its_counts_add_up(tmp_path: Path, home: Run
     with OpenAIServer(script) as server:
         domain = make_domain(tmp_path / "d", **endpoint_settings(server))
         progress = Silent()
-        requests, estimate = plan(domain, home)
+        estimate = plan(domain, home).total
         assert server.calls == []
-        assert (len(requests), estimate.requests, estimate.cached) == (6, 6, 0)
+        assert (estimate.requests, estimate.cached) == (6, 0)
         assert estimate.max_cost > 0
         report = run(domain, home, progress)
         calls = len(server.calls)
@@ -334,7 +327,13 @@ def test_a_run_writes_rationales_and_its_counts_add_up(tmp_path: Path, home: Run
     assert {(each.text, each.answer, each.teacher) for each in rationales} == {
         ('The passages say so. "Quoted words of a passage." [1]', "yes", "m1")
     }
-    assert {each.request for each in rationales} <= {request.key for request in requests}
+    with Ledger(home.ledger) as ledger:
+        assert all(ledger.get(each.request) for each in rationales)
+    steps = report.facts["steps"]
+    assert [(step["step"], step["proposed"], step["kept"], step["error"]) for step in steps] == [
+        ("1-label", 6, 4, 2)
+    ]
+    assert home.generated.read_bytes() == b""
     assert all(len(each.passages) == 3 for each in rationales)
 
 
@@ -362,7 +361,7 @@ def test_more_failures_than_answers_stop_the_stage_and_keep_the_answers(tmp_path
         with pytest.raises(StageError, match="failed on 4 of 6 requests: 4 x 500: out of order"):
             run(domain, home, Silent())
         assert not home.rationales.exists()
-        assert plan(domain, home)[1].cached == 2
+        assert plan(domain, home).total.cached == 2
 
 
 def test_no_seed_questions_and_double_ids_are_errors(tmp_path: Path, home: Run) -> None:
@@ -389,13 +388,20 @@ def test_the_local_model_explains_and_is_asked_once(tmp_path: Path, home: Run) -
     assert home.rationales.read_bytes() == written
 
 
-def test_a_prompt_that_does_not_fit_the_local_context_fails_alone(tmp_path: Path) -> None:
+def test_a_prompt_that_does_not_fit_the_local_context_fails_alone() -> None:
     from serve.models import inference_gguf
 
     heard = []
     local = LocalTeacher(inference_gguf("smollm2-135m"), context=256, parallel=2)
-    domain = make_domain(tmp_path, max_tokens=8, temperature=0.0)
-    long = question(0, id="long", question="Why? " * 400)
-    items = build_requests(domain, [], lambda query, top_k: [], local, [long, question()], None)
-    local.ask_many([item.request for item in items], lambda request, outcome: not heard.append(outcome))
+    requests = [
+        Request(
+            model=local.identity,
+            messages=teacher_messages("Explain.", question(0, question=text), []),
+            temperature=0.0,
+            max_tokens=8,
+            sample=0,
+        )
+        for text in ("Why? " * 400, "Why?")
+    ]
+    local.ask_many(requests, lambda request, outcome: not heard.append(outcome))
     assert sorted(type(outcome).__name__ for outcome in heard) == ["Failure", "Reply"]

@@ -221,6 +221,24 @@ def test_watched_log_probabilities_are_those_of_teacher_forced_logits(engine: En
     np.testing.assert_allclose(result.log_probs.taken[: len(result.tokens)], taken, atol=0.05)
 
 
+def test_a_stream_records_what_a_whole_reply_does(engine: Engine) -> None:
+    prompt = capitals(engine)[0]
+    watch = engine.tokenize(" Paris", begin=False)
+    engine.forget()
+    whole = engine.generate([prompt], max_tokens=6, watch=watch)[0]
+    engine.forget()
+    stream = engine.stream(prompt, max_tokens=6, watch=watch)
+    while True:
+        try:
+            next(stream)
+        except StopIteration as end:
+            streamed = end.value
+            break
+    assert streamed == whole
+    np.testing.assert_array_equal(streamed.log_probs.taken, whole.log_probs.taken)
+    np.testing.assert_array_equal(streamed.log_probs.watched, whole.log_probs.watched)
+
+
 def test_nothing_is_recorded_unless_asked_for_and_a_stop_token_ends_a_reply(engine: Engine) -> None:
     prompt = capitals(engine)[0]
     whole = engine.generate([prompt], max_tokens=8)[0]
@@ -236,3 +254,18 @@ def test_a_token_is_found_by_its_exact_text_only(engine: Engine) -> None:
     assert engine.tokenize("<|im_end|>", begin=False) == [found]
     assert engine.token_id("[Retrieval]") is None
     assert engine.token_id("two words") is None
+
+
+def test_log_likelihoods_of_continuations_are_those_of_the_whole_sequences(engine: Engine) -> None:
+    prompt = capitals(engine)[0]
+    continuations = [engine.tokenize(text, begin=False) for text in ("Paris", "The city of London", "x")] + [
+        []
+    ]
+    found = engine.log_likelihoods(prompt, continuations)
+    for value, tokens in zip(found, continuations, strict=True):
+        logits = engine.logits([*prompt, *tokens], first=len(prompt) - 1).astype(np.float64)
+        logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        assert value == pytest.approx(sum(logs[i, token] for i, token in enumerate(tokens)), abs=0.1)
+    assert found[0] > found[2]
+    with pytest.raises(ContextOverflow):
+        engine.log_likelihoods(prompt, [[1] * 600])

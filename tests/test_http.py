@@ -239,6 +239,16 @@ def test_the_conversation_goes_along_without_sources_and_without_system_messages
     assert extra["ignored"] == ["top_p", "user", "messages.system"]
 
 
+def test_a_dropped_sentence_never_leaves_the_server() -> None:
+    reply = "Answer: The adult dose of Brenzal is 40 mg once a day. It cures headaches at once."
+    assistant, _, _ = scripted_assistant(reply, "Brenzal", unsupported="drop")
+    with running(Scripted(assistant)) as port:
+        for stream in (False, True):
+            _, body, _ = send(port, "POST", "/v1/chat/completions", {**ASK, "stream": stream})
+            assert "headache" not in json.dumps(body)
+            assert "40 mg" in json.dumps(body)
+
+
 def test_a_withdrawn_answer_never_leaves_the_server() -> None:
     assistant, _, _ = scripted_assistant("Answer: It cures headaches at once. " * 20, "Brenzal")
     with running(Scripted(assistant)) as port:

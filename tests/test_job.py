@@ -33,7 +33,7 @@ DOCUMENT = (
 
 
 class FakeStages:
-    """Stand-ins for the six stage modules: each writes into its outputs what it read, and can misbehave.
+    """Stand-ins for the stage modules: each writes into its outputs what it read, and can misbehave.
 
     Attributes:
         called: the stages in the order in which they ran.
@@ -65,7 +65,7 @@ class FakeStages:
             if name in self.misbehave:
                 files[0].write_text("half")
                 self.misbehave[name]()
-            text = f"{name}: {[getattr(domain.config, section) for section in stage.sections]}\n"
+            text = f"{name}: {[getattr(domain.config, section.partition('.')[0]) for section in stage.sections]}\n"
             for file in files:
                 file.write_text(text)
             return Report(counts={"files": len(files)}, facts={"stage": name})
@@ -103,7 +103,7 @@ def states(domain: Domain, run: Run) -> list[str]:
 
 def test_stages_run_in_order_once(stages: FakeStages, domain: Domain, run: Run) -> None:
     told: list[Outcome] = []
-    assert states(domain, run) == ["missing"] * 6
+    assert states(domain, run) == ["missing"] * len(NAMES)
     outcomes = run_job(domain, run, Silent(), after=told.append)
     assert stages.called == list(NAMES)
     assert outcomes == told
@@ -111,13 +111,13 @@ def test_stages_run_in_order_once(stages: FakeStages, domain: Domain, run: Run) 
     assert told[0].entry.counts == {"files": 1}
     assert told[0].entry == run.finished()["index"]
     assert (run.folder.parent / "latest").resolve() == run.folder.resolve()
-    assert states(domain, run) == ["done"] * 6
+    assert states(domain, run) == ["done"] * len(NAMES)
 
     again = run_job(domain, run, Silent(), after=told.append)
     assert stages.called == list(NAMES)
-    assert [each.skipped for each in again] == [True] * 6
+    assert [each.skipped for each in again] == [True] * len(NAMES)
     assert [each.entry for each in again] == [each.entry for each in outcomes]
-    assert len(told) == 12
+    assert len(told) == 2 * len(NAMES)
 
 
 def test_one_stage_alone_and_force(stages: FakeStages, domain: Domain, run: Run) -> None:
@@ -135,12 +135,12 @@ def test_a_change_runs_what_depends_on_it(stages: FakeStages, domain: Domain, ru
     run_job(domain, run, Silent())
     stages.called.clear()
     other = with_config(domain, "train", epochs=7)
-    assert states(other, run) == ["done", "done", "done", "stale", "done", "done"]
+    assert states(other, run) == ["stale" if name == "train" else "done" for name in NAMES]
     run_job(other, run, Silent())
     # The adapter came out different, so it is exported; the student came out the same, so it is not examined.
     assert stages.called == ["train", "export"]
-    assert states(other, run) == ["done"] * 6
-    assert states(domain, run)[3] == "stale"
+    assert states(other, run) == ["done"] * len(NAMES)
+    assert states(domain, run)[NAMES.index("train")] == "stale"
 
     stages.called.clear()
     (domain.documents / "saw.md").write_text("# The saw\n")
@@ -149,7 +149,7 @@ def test_a_change_runs_what_depends_on_it(stages: FakeStages, domain: Domain, ru
 
     stages.called.clear()
     run_job(with_config(other, "retrieve", top_k=9), run, Silent())
-    assert stages.called == ["elicit", "curate", "train", "export", "exam"]
+    assert stages.called == ["elicit", "curate", "rerank", "train", "export", "calibrate", "exam"]
 
 
 def test_a_deleted_output_is_made_again(stages: FakeStages, domain: Domain, run: Run) -> None:
@@ -179,7 +179,7 @@ def test_a_stage_that_fails_or_is_stopped_loses_only_itself(
         run_job(domain, run, Silent())
     before = list(NAMES[: NAMES.index(name)])
     assert list(run.finished()) == before
-    assert states(domain, run) == ["done"] * len(before) + ["missing"] * (6 - len(before))
+    assert states(domain, run) == ["done"] * len(before) + ["missing"] * (len(NAMES) - len(before))
     assert not (run.folder.parent / "latest").exists()
 
     stages.called.clear()
@@ -187,7 +187,7 @@ def test_a_stage_that_fails_or_is_stopped_loses_only_itself(
     outcomes = run_job(domain, run, Silent())
     assert stages.called == list(NAMES[NAMES.index(name) :])
     assert [each.stage for each in outcomes if each.skipped] == before
-    assert states(domain, run) == ["done"] * 6
+    assert states(domain, run) == ["done"] * len(NAMES)
 
 
 KILLED = """
@@ -219,7 +219,7 @@ def test_a_killed_stage_runs_again(stages: FakeStages, domain: Domain, run: Run,
     assert list(run.finished()) == before
     run_job(domain, run, Silent())
     assert stages.called == list(NAMES[NAMES.index(name) :])
-    assert states(domain, run) == ["done"] * 6
+    assert states(domain, run) == ["done"] * len(NAMES)
 
 
 def test_a_failure_forgets_what_the_stage_did_before(stages: FakeStages, domain: Domain, run: Run) -> None:
@@ -231,8 +231,8 @@ def test_a_failure_forgets_what_the_stage_did_before(stages: FakeStages, domain:
     stages.misbehave["train"] = fail
     with pytest.raises(TeacherError):
         run_job(domain, run, Silent(), force=True)
-    assert list(run.finished()) == ["export", "exam", "index", "elicit", "curate"]
-    assert states(domain, run)[3] == "missing"
+    assert list(run.finished()) == ["export", "calibrate", "exam", "index", "elicit", "curate", "rerank"]
+    assert states(domain, run)[NAMES.index("train")] == "missing"
 
 
 def test_a_full_disk_is_said_and_the_rest_kept(stages: FakeStages, domain: Domain, run: Run) -> None:
@@ -243,7 +243,7 @@ def test_a_full_disk_is_said_and_the_rest_kept(stages: FakeStages, domain: Domai
     with pytest.raises(DataError, match="No space left on device") as caught:
         run_job(domain, run, Silent())
     assert "run the same command again" in caught.value.next_step
-    assert list(run.finished()) == ["index", "elicit", "curate", "train"]
+    assert list(run.finished()) == ["index", "elicit", "curate", "rerank", "train"]
 
 
 def test_an_input_that_changes_meanwhile_makes_the_stage_stale(

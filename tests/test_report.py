@@ -60,7 +60,7 @@ def test_page_is_well_formed_and_needs_nothing_from_outside(page):
     parsed = _Page(page)
     assert parsed.links == []
     assert not {"script", "link", "img", "iframe"} & set(parsed.tags)
-    assert parsed.tags.count("svg") == 3
+    assert parsed.tags.count("svg") == 4
     assert not re.search(r"url\((?!#)|@import|<!DOCTYPE svg|<\?xml", page)
 
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from domains.config import OnUnsupported
 from domains.records import Answer
 from rag.answers import ABSTENTION_CHARS, one_reply
 from serve.streaming import ReplyStream
@@ -13,8 +16,14 @@ QUOTE = '"The adult dose of Brenzal is 40 mg once a day." [1]\n'
 LONG = "Adults take 40 mg of Brenzal once a day. " + "It is a tablet, and it is taken with water. " * 8
 
 
-def stream_of(withdraw: bool = True) -> ReplyStream:
-    return ReplyStream([passage("Brenzal")], abstain=ABSTAIN, withdraw_unsupported=withdraw)
+def stream_of(unsupported: OnUnsupported = "withdraw", **more: Any) -> ReplyStream:
+    return ReplyStream(
+        [passage("Brenzal")],
+        question="What is the dose?",
+        abstain=ABSTAIN,
+        unsupported=unsupported,
+        **more,
+    )
 
 
 def feed_all(stream: ReplyStream, text: str) -> list[str]:
@@ -43,7 +52,7 @@ def test_nothing_is_shown_that_may_be_withdrawn(text: str) -> None:
 
 
 def test_without_withdrawal_an_unquoted_answer_is_shown() -> None:
-    assert "".join(feed_all(stream_of(withdraw=False), "Answer: " + LONG)) != ""
+    assert "".join(feed_all(stream_of("keep"), "Answer: " + LONG)) != ""
 
 
 def test_a_second_answer_line_ends_the_reply_and_is_never_shown() -> None:
@@ -71,6 +80,10 @@ FRAGMENTS = st.sampled_from(
         "Answers vary. Ans",
         "  \n\n",
         "40 mg",
+        "Brenzal is a tablet against hay fever. ",
+        "It cures gout within 2.5 days, e.g. at night. ",
+        "\n- Children under six years must not be given Pelidor.\n- It tastes of mint.",
+        "Take note:\n",
         "**",
         '"',
         "[1]",
@@ -79,9 +92,18 @@ FRAGMENTS = st.sampled_from(
 
 
 @settings(deadline=None)  # the machine may be busy
-@given(st.lists(FRAGMENTS, max_size=8).map("".join), st.integers(1, 40), st.booleans())
-def test_streamed_pieces_are_exactly_the_checked_answer(text: str, piece: int, withdraw: bool) -> None:
-    assistant, engine, _ = scripted_assistant(text, "Brenzal", "Pelidor", piece=piece, withdraw=withdraw)
+@given(
+    st.lists(FRAGMENTS, max_size=8).map("".join),
+    st.integers(1, 40),
+    st.sampled_from(["withdraw", "drop", "mark", "keep"]),
+    st.sampled_from([{}, {"signals": True}]),
+)
+def test_streamed_pieces_are_exactly_the_checked_answer(
+    text: str, piece: int, unsupported: OnUnsupported, more: dict[str, Any]
+) -> None:
+    assistant, engine, _ = scripted_assistant(
+        text, "Brenzal", "Pelidor", piece=piece, unsupported=unsupported, **more
+    )
     asked = assistant.prepare("What is the dose?")
     *pieces, answer = assistant.stream(asked)
     assert isinstance(answer, Answer)

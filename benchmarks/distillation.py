@@ -1,0 +1,245 @@
+"""Measures rationale distillation: the reranker, the students of KARD's ablation, reflection and abstention.
+
+    python benchmarks/distillation.py              everything, about two hours on 2 cores
+    python benchmarks/distillation.py --quick      small samples, at most 15 minutes
+    python benchmarks/distillation.py --json       the last line is one JSON object
+    python benchmarks/distillation.py --parts retrieval
+    python benchmarks/distillation.py --parts students --top-k 1 --question-share 0 --keep 3
+
+Retrieval is measured on MedQuAD's answerable questions where ``--data`` has them (folders ``medquad_answerable``
+and ``medquad``), else on the domain's own corpus. Students are trained and asked on the domain's corpus: the exam
+split, whose documents no training row is about. Every figure is of this machine as it is: close what else runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# The packages are found beside this folder, installed or not.
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from domains.config import RerankSection
+from domains.domain import Domain, load_domain
+from pipeline import ablation
+from pipeline.arms import PARALLEL, Conditions
+from pipeline.base_gguf import base_gguf
+from pipeline.exam import draw_questions, exam_questions
+from pipeline.job import run_job
+from pipeline.progress import Progress
+from pipeline.retrieval_bench import measure_case
+from pipeline.retrieval_cases import Case, corpus_case, medquad_case
+from pipeline.run_folder import Run, open_run
+from pipeline.train import settings_of
+from rag.retrieve import open_retriever
+from serve.engine import Engine
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("retrieval", "students")
+RESAMPLES = 2000
+QUICK_ROWS = 600  # of MedQuAD, to learn the reranker from
+QUICK = {"questions": 70, "exam": 30, "epochs": 1}
+
+
+class Lines(Progress):
+    """Says what happens on standard error, with the time since the start."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def start(self, what: str, total: int) -> None:
+        """A step begins."""
+        self.say(f"{what} ({total})" if total else what)
+
+    def advance(self, by: int = 1) -> None:
+        """Nothing is said for single units."""
+
+    def say(self, message: str) -> None:
+        """One line."""
+        print(f"[{time.monotonic() - self._began:6.0f} s] {message}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Measure the chosen parts and report."""
+    options = parse_options()
+    progress = Lines()
+    result: dict[str, Any] = {"quick": options.quick, "domain": options.domain}
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(options.work or name)
+        for part in options.parts:
+            began = time.monotonic()
+            progress.say(f"== {part}")
+            result |= MEASURES[part](options, work, progress)
+            result.setdefault("seconds", {})[part] = round(time.monotonic() - began)
+    show(result)
+    if options.json:
+        print(json.dumps(result))
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="small samples")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--domain", default="medical", help="name or folder (default: medical)")
+    parser.add_argument("--data", type=Path, default=found_data(), help="folder with public sets")
+    parser.add_argument("--split", default="dev", choices=("dev", "hidden"), help="which half of the sets")
+    parser.add_argument("--work", help="keep runs here: a second call goes on where the first stopped")
+    parser.add_argument("--keep", type=int, default=1, help="rationales per question (KARD's n)")
+    parser.add_argument("--top-k", type=int, default=0, help="passages (KARD's k); 0: the domain's")
+    parser.add_argument(
+        "--question-share", type=float, default=0.4, help="KARD rows retrieved by the question"
+    )
+    return parser.parse_args()
+
+
+def found_data() -> Path | None:
+    """The folder of public sets beside the checkout, where there is one."""
+    beside = ROOT.parent / "shared" / "data"
+    return beside if beside.is_dir() else None
+
+
+def measure_retrieval(options: argparse.Namespace, work: Path, progress: Progress) -> dict[str, Any]:
+    """BM25, dense, hybrid and reranked, at the level of documents."""
+    case = retrieval_case(options)
+    found = measure_case(
+        case,
+        work / "retrieval",
+        progress,
+        rerank=RerankSection(),
+        rows=QUICK_ROWS if options.quick else 0,
+    )
+    arms = {name: found.pop(name) for name in ("bm25", "dense", "hybrid", "reranked")}
+    milliseconds = found.pop("rerank_ms_50")
+    return {
+        "retrieval": arms,
+        "rerank_ms_50": milliseconds,
+        "retrieval_case": {"name": case.name, "split": options.split, **found},
+    }
+
+
+def retrieval_case(options: argparse.Namespace) -> Case:
+    """MedQuAD where it lies in ``--data``, else the domain's corpus."""
+    data = options.data
+    if data is not None and (data / "medquad_answerable" / f"{options.split}_corpus.jsonl").is_file():
+        return medquad_case(data / "medquad_answerable", data / "medquad" / "dev.jsonl", split=options.split)
+    return corpus_case(load_domain(options.domain).documents.parent)
+
+
+def measure_students(options: argparse.Namespace, work: Path, progress: Progress) -> dict[str, Any]:
+    """The arms of KARD's ablation, see `pipeline.ablation`."""
+    domain, run = prepared(options, work, progress)
+    config = domain.config
+    top_k = options.top_k or config.retrieve.top_k
+    pool, _ = exam_questions(domain)
+    questions = draw_questions(pool, count=config.exam.questions, seed=config.exam.seed)
+    taught = ablation.kept_rationales(run, domain.read_questions())
+    conditions = Conditions(
+        system=domain.prompts["system"],
+        abstain=config.domain.abstain,
+        top_k=top_k,
+        max_tokens=config.exam.max_tokens,
+        context=config.student.context,
+    )
+    with (
+        open_retriever(run.index, config.retrieve) as hybrid,
+        open_retriever(run.index, config.retrieve, config.rerank) as reranked,
+    ):
+        index = hybrid.index
+        recipes = ablation.Recipes(
+            system=domain.prompts["system"],
+            by_rationale=lambda query, k: [
+                index.by_id[name] for name in index.search_lexical(query, top_k=k)
+            ],
+            by_question=hybrid.find,
+            top_k=top_k,
+            question_share=options.question_share,
+        )
+        students = {}
+        for kind in ablation.RECIPES:
+            rows = ablation.rows_of(run) if kind == "quotes" else recipes.rows(kind, taught)
+            progress.say(f"student {kind!r}: {len(rows)} rows")
+            students[kind] = ablation.train_recipe(
+                rows,
+                work / "students" / kind,
+                progress,
+                base=config.student.base,
+                context=config.student.context,
+                settings=settings_of(domain),
+                title=f"{domain.name} {kind}",
+            )
+        oracle = ablation.Oracle(questions, index.passages, hybrid)
+        arms = {
+            "base_rag": ablation.Asking(base_gguf(config.student.base), hybrid),
+            "answers": ablation.Asking(students["answers"], hybrid, with_passages=False),
+            "rationales": ablation.Asking(students["rationales"], hybrid, with_passages=False),
+            "kard": ablation.Asking(students["kard"], hybrid),
+            "kard_reranked": ablation.Asking(students["kard"], reranked),
+            "kard_oracle": ablation.Asking(students["kard"], oracle),
+            "quotes": ablation.Asking(students["quotes"], hybrid),
+            "quotes_reranked": ablation.Asking(students["quotes"], reranked),
+        }
+        marks = ablation.ask(
+            arms,
+            questions,
+            index.passages,
+            work / "answers",
+            conditions,
+            progress,
+            open_engine=lambda gguf: Engine(gguf, context=config.student.context, parallel=PARALLEL),
+        )
+    summary = ablation.summarise_marks(
+        marks, questions, against="base_rag", resamples=RESAMPLES, seed=config.exam.seed
+    )
+    facts = {"rationales": len(taught), "questions": len(questions), "top_k": top_k, "keep": options.keep}
+    return {"students": summary, "students_facts": facts}
+
+
+def prepared(options: argparse.Namespace, work: Path, progress: Progress) -> tuple[Domain, Run]:
+    """The domain with the benchmark's sizes, and a run with index, rationales, rows and reranker."""
+    domain = load_domain(options.domain, profile=None if not options.quick else "quick")
+    config = domain.config
+    changes: dict[str, dict[str, Any]] = {
+        "curate": {"keep_per_question": options.keep, "rationale_in_target": options.keep > 1},
+        "elicit": {"samples": options.keep},
+        "rerank": {"enabled": True},
+    }
+    if options.quick:
+        changes["elicit"] |= {"questions": QUICK["questions"]}
+        changes["exam"] = {"questions": QUICK["exam"]}
+        changes["train"] = {"epochs": QUICK["epochs"]}
+    sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
+    domain = Domain(domain.folder, config.model_copy(update=sections), domain.prompts)
+    run = open_run(work / "runs", domain.name, "ablation")
+    run_job(domain, run, progress, stages=("index", "elicit", "curate", "rerank"))
+    return domain, run
+
+
+def show(result: dict[str, Any]) -> None:
+    """The figures for people."""
+    for name, metrics in {**result.get("retrieval", {}), **result.get("students", {})}.items():
+        print(name)
+        for metric, value in metrics.items():
+            print(f"    {metric:24} {value}")
+    for name, value in result.items():
+        if not isinstance(value, dict):
+            print(f"{name:28} {value}")
+
+
+MEASURES: dict[str, Callable[[argparse.Namespace, Path, Progress], dict[str, Any]]] = {
+    "retrieval": measure_retrieval,
+    "students": measure_students,
+}
+
+
+if __name__ == "__main__":
+    main()

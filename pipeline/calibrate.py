@@ -1,0 +1,126 @@
+"""calibrate: how sure is the served student? Fitted to its answers to seed questions, never to the exam's.
+
+reads    the domain's questions, train.jsonl, the index, bundle/student.gguf
+writes   calibration.jsonl (every development answer with its signals), bundle/calibration.json
+counts   asked = answered + abstained + too_long; answered = right + wrong
+         asked = answerable + gold_removed + unanswerable = unseen + trained_on
+
+How the questions are made stands in `pipeline.development`, how the confidence is fitted in `pipeline.fit`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from domains.domain import Domain
+from domains.jsonl import read_jsonl, write_jsonl, write_text_atomic
+from domains.records import Example
+from pipeline.bundle import note_files
+from pipeline.development import PARALLEL, Row, ask_items, draw_items, judge_items, seed_questions
+from pipeline.fit import calibrate
+from pipeline.progress import Progress
+from pipeline.run_folder import Report, Run, need
+from serve.confidence import Calibration, describe_choice
+from serve.engine import Engine
+from serve.manifest import CALIBRATION
+from serve.models import sha256_file
+from serve.reflection import open_reflector
+
+
+def run(domain: Domain, run: Run, progress: Progress) -> Report:
+    """Ask the development questions, fit, write the calibration into the bundle.
+
+    Raises:
+        StageError: the student or the index is missing.
+    """
+    from rag.retrieve import open_retriever
+
+    config = domain.config
+    student = need(run.bundle / "student.gguf", stage="export")
+    index = need(run.index, stage="index")
+    sources = {
+        "student.gguf": sha256_file(student),
+        "index.json": sha256_file(index / "index.json"),
+        "questions": sha256_file(domain.questions) if domain.questions else "",
+    }
+    if not config.calibrate.enabled:
+        _write(run.bundle, Calibration(reason="[calibrate] enabled is false", sources=sources))
+        return Report(counts={"asked": 0})
+    seen = {example.question_id for example in read_jsonl(need(run.examples, stage="curate"), Example)}
+    questions = seed_questions(domain.read_questions())
+    with open_retriever(index, config.retrieve, config.rerank) as retriever:
+        items = draw_items(
+            questions,
+            seen,
+            retriever,
+            count=config.calibrate.questions,
+            top_k=config.retrieve.top_k,
+            seed=config.calibrate.seed,
+        )
+    with ExitStack() as stack:
+        engine = stack.enter_context(Engine(student, context=config.student.context, parallel=PARALLEL))
+        reflector = open_reflector(config.reflect, engine)
+        if reflector is not None:
+            stack.callback(reflector.close)
+        answers = ask_items(
+            items,
+            engine,
+            system=domain.prompts["system"],
+            abstain=config.domain.abstain,
+            top_k=config.retrieve.top_k,
+            max_tokens=config.serve.max_tokens,
+            unsupported=config.serve.unsupported,
+            reflector=reflector,
+            progress=progress,
+        )
+    rows = judge_items(items, answers, seen, folds=config.calibrate.folds, seed=config.calibrate.seed)
+    calibration, rows = calibrate(rows, folds=config.calibrate.folds, sources=sources)
+    write_jsonl(run.calibration, rows)
+    _write(run.bundle, calibration)
+    _tell(calibration, config.serve.max_wrong, progress)
+    return Report(counts=_counts(rows), facts=dict(calibration.facts))
+
+
+def _write(bundle: Path, calibration: Calibration) -> None:
+    write_text_atomic(bundle / CALIBRATION, calibration.model_dump_json(indent=1) + "\n")
+    note_files(bundle, [CALIBRATION])
+
+
+def _counts(rows: Sequence[Row]) -> dict[str, int]:
+    parts = Counter(row.part for row in rows)
+    trained_on = sum(row.trained_on for row in rows)
+    return {
+        "asked": len(rows),
+        "answerable": parts["answerable"],
+        "gold_removed": parts["gold_removed"],
+        "unanswerable": parts["unanswerable"],
+        "unseen": len(rows) - trained_on,
+        "trained_on": trained_on,
+        "answered": sum(row.given for row in rows),
+        "abstained": sum(row.answer is not None and not row.given for row in rows),
+        "too_long": sum(row.answer is None for row in rows),
+        "right": sum(row.right for row in rows),
+        "wrong": sum(row.given and not row.right for row in rows),
+    }
+
+
+def _tell(calibration: Calibration, max_wrong: float, progress: Progress) -> None:
+    if calibration.reason:
+        progress.say(f"no calibration: {calibration.reason}")
+        return
+    facts = calibration.facts
+    progress.say(
+        f"{calibration.right} of {calibration.answers} development answers are right and supported; AURC "
+        f"{facts['aurc']:.3f}, by the model's own probability {facts['aurc_likelihood']:.3f}, uninformed "
+        f"{facts['aurc_random']:.3f} (lower is better)"
+    )
+    if calibration.trained_on:
+        progress.say(
+            f"{calibration.trained_on} of these answers are to questions of the training: expect less of others"
+        )
+    choice = calibration.choose(max_wrong) if max_wrong else None
+    if choice:
+        progress.say(describe_choice(choice, max_wrong))

@@ -1,0 +1,64 @@
+"""What would stop the main job late is looked at before it starts: nothing has been paid or waited for then."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from domains.domain import Domain
+from domains.errors import ConfigError, TeacherError
+from domains.jsonl import write_text_atomic
+from pipeline.progress import Progress
+from pipeline.run_folder import Run
+from serve.models import check_base
+
+FEW_SEEDS = 20  # answerable seed questions; with fewer a student learns next to nothing
+_OWNER = "domain.txt"
+
+
+def check_main_job(domain: Domain, run: Run, progress: Progress) -> None:
+    """Pass if the run can be expected to reach its end; says what will make it a poor one.
+
+    Raises:
+        ConfigError: no questions, or the run folder belongs to another domain of the same name.
+        DataError: the questions' file is wrong.
+        ModelError: the student's base is neither known, nor a folder, nor a hub id.
+        TeacherError: the teacher's key is missing while there is something to ask.
+    """
+    claim(domain, run)
+    check_base(domain.config.student.base)
+    questions = domain.read_questions()
+    teacher = domain.config.teacher
+    key = teacher.api_key_env
+    if teacher.kind == "endpoint" and key and not os.environ.get(key) and not run.rationales.exists():
+        raise TeacherError(
+            f"the environment variable {key} is not set",
+            expected=f"the key of {teacher.base_url}",
+            next_step=f'export {key}=…, or set [teacher] kind = "local"',
+        )
+    seeds = sum(question.split == "seed" and question.kind != "unanswerable" for question in questions)
+    if seeds < FEW_SEEDS:
+        progress.say(
+            f"Only {seeds} seed questions: the student will learn next to nothing from them. "
+            f"Write more into {domain.questions}, or let a strong teacher write them (docs/configuration.md)."
+        )
+
+
+def claim(domain: Domain, run: Run) -> None:
+    """Note which domain folder the runs of this name belong to; a copied domain must get a name of its own.
+
+    Raises:
+        ConfigError: they belong to another folder, which is still there.
+    """
+    note = run.folder.parent / _OWNER
+    own = str(domain.folder.resolve())
+    owner = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
+    if owner and owner != own and (Path(owner) / "domain.toml").is_file():
+        raise ConfigError(
+            f"{run.folder.parent} holds the runs of the domain in {owner}, and {own} has the same name {domain.name!r}",
+            expected="a name of its own for each domain: runs, ledger and bundles are kept under it",
+            next_step=f"change [domain] name in {domain.folder / 'domain.toml'}, or give --runs DIR",
+        )
+    if owner != own:
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(note, own + "\n")

@@ -1,0 +1,107 @@
+"""Training rows of the ``tokens`` back-end: Self-RAG's segments (arXiv 2310.11511 §3.2).
+
+The prompt is the question alone; the completion retrieves, judges and answers, segment by segment. The first
+segment's text opens as every reply does, with quotes of its passage and ``Answer:`` (`rag.answers`).
+
+Abstentions are at most a share of all rows, as in `pipeline.rows`. There we differ from the paper: where the passage
+that was drawn for an answer's beginning is irrelevant, its model answers from what it knows; an assistant that
+vouches for its documents abstains.
+
+counts   rows = kept - no_retrieval_left_out - no_sentence_left - continues_nothing - drawn_irrelevant_left_out
+                + irrelevant_extra + unanswerable_rows
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from domains.records import Critique, Example, Passage, Question, Segment
+from domains.words import squash
+from pipeline.augment import Draft, Reflected, augment, split_answer, to_example
+from pipeline.reflect_ground import Ground, room_for, wanted_extra
+from pipeline.rows import Kept, Origin, answer_text, gold_quotes, own_quotes
+from pipeline.verify import prose
+from rag.answers import format_reply
+from rag.prompt import neutralise
+
+_ABSTENTION_UTILITY = 1  # it does not give what was asked; a supported answer shall win against it
+
+
+def token_rows(
+    ground: Ground,
+    kept: Sequence[Kept],
+    unanswerable: Sequence[Question],
+    *,
+    irrelevant_share: float,
+    abstention_share: float,
+) -> tuple[list[Example], Counter[str], list[Critique]]:
+    """All rows, counts (see the module's docstring), and every label that the critic gave."""
+    items = {f"{item.question.id}\0{item.rationale.sample}": item for item in kept}
+    drafts = [
+        Draft(key, item.question, split_answer(neutralise(answer_text(item.question))))
+        for key, item in items.items()
+    ]
+    reflected, counts, labels = augment(
+        drafts, ground.critic, ground.find, passages=ground.passages, sampling=ground.sampling
+    )
+    writer = _Writer(ground)
+    answers = [each for each in reflected if each.segments[0].relevant is not False]
+    drawn = [each for each in reflected if each.segments[0].relevant is False]
+    rows = [writer.answer(each, items[each.draft.key]) for each in answers]
+    room = room_for(len(rows), abstention_share)
+    for each in ground.ordered(drawn, lambda one: one.draft.key)[:room]:
+        passage = each.segments[0].passage
+        assert passage is not None  # it was judged irrelevant
+        request = items[each.draft.key].rationale.request
+        rows.append(writer.refuse(each.draft.question, [passage], "irrelevant", request))
+    refused = min(len(drawn), room)
+    counts["drawn_irrelevant_left_out"] = len(drawn) - refused
+    rows += ground.abstentions(
+        kept,
+        unanswerable,
+        counts,
+        writer.refuse,
+        room=room - refused,
+        wanted=wanted_extra(irrelevant_share, abstention_share, len(kept)) - refused,
+    )
+    counts.update(f"{row.origin}_rows" for row in rows)
+    return rows, counts, labels
+
+
+@dataclass(frozen=True)
+class _Writer:
+    ground: Ground
+
+    def answer(self, answer: Reflected, item: Kept) -> Example:
+        first, *rest = answer.segments
+        text = self._opening(item, first.passage, first.text)
+        segments = [first.model_copy(update={"text": text})]
+        segments += [segment.model_copy(update={"text": f" {segment.text}"}) for segment in rest]
+        return to_example(
+            segments,
+            answer.utility,
+            messages=self.ground.messages(item.question, []),
+            question_id=item.question.id,
+            origin="retrieved",
+            request=item.rationale.request,
+        )
+
+    def _opening(self, item: Kept, passage: Passage | None, sentence: str) -> str:
+        """The first segment: quotes of its passage, then the answer's first sentence."""
+        shown = [passage] if passage is not None else []
+        quotes = gold_quotes(item.question, shown) or own_quotes(item.rationale, shown)
+        text = squash(prose(item.rationale.text)) if self.ground.rationale_in_target else ""
+        return format_reply(quotes=quotes, rationale=neutralise(text), answer=sentence)
+
+    def refuse(self, question: Question, passages: list[Passage], origin: Origin, request: str) -> Example:
+        text = format_reply(quotes=[], rationale="", answer=self.ground.abstain)
+        return to_example(
+            [Segment(decision="retrieve", passage=passages[0], relevant=False, text=text)],
+            _ABSTENTION_UTILITY,
+            messages=self.ground.messages(question, []),
+            question_id=question.id,
+            origin=origin,
+            request=request,
+        )

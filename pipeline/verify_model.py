@@ -1,0 +1,86 @@
+"""KARD's verifier (arXiv 2305.18395 §3.1): a model that must find the answer from the rationale alone.
+
+The teacher saw the answer, so its rationale may repeat it without explaining anything. The judge sees the
+question and the rationale, with every option letter taken out, and predicts the answer whose words gain most
+log-probability from the rationale: nothing is parsed. The paper takes the most probable letter; a 135M judge
+says the same letter whatever it reads (measured, docs/log.md), while the words' gain finds the answer. Open
+questions have no answers to choose from; rules judge them alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from domains.checks import Verdict
+from domains.records import Message, Question, Rejection
+from pipeline.judge import rejection
+from pipeline.progress import Progress
+from pipeline.rows import Kept
+from pipeline.verify import prose
+from rag.prompt import neutralise
+from serve.engine import Engine
+
+REASON = "verifier"
+_LETTER = re.compile(
+    r"\b(?i:option|choice|answer)\s*(?:is\s*)?:?\s*\(?[A-H]\b\)?|\([A-H]\)|^[A-H][.)]\s", re.MULTILINE
+)
+_NOTHING = "N/A"
+_OPENING = "So, the answer is"
+_WORDS = ("yes", "no", "maybe")
+
+
+def verify_by_model(
+    engine: Engine, kept: Sequence[Kept], progress: Progress
+) -> tuple[list[Kept], list[Rejection]]:
+    """Those whose answer the model finds, and a rejection for each other one; open questions pass.
+
+    Args:
+        engine: the judge.
+        kept: rationales that passed the rules.
+        progress: one unit per closed question.
+    """
+    closed = [item for item in kept if item.question.kind in {"options", "yes_no"}]
+    progress.start("verifier: answers from rationales alone", len(closed))
+    wrong: dict[int, str] = {}
+    for item in closed:
+        said = predict(engine, item.question, item.rationale.text)
+        if said != item.question.answer:
+            wrong[id(item)] = said
+        progress.advance()
+    return [item for item in kept if id(item) not in wrong], [
+        rejection(
+            item.rationale,
+            Verdict(
+                ok=False, reason=REASON, detail=f"predicts {wrong[id(item)]}, gold is {item.question.answer}"
+            ),
+        )
+        for item in kept
+        if id(item) in wrong
+    ]
+
+
+def predict(engine: Engine, question: Question, text: str) -> str:
+    """The answer to a closed question that a rationale speaks for.
+
+    Args:
+        engine: the judge.
+        question: of kind ``options`` or ``yes_no``.
+        text: the rationale.
+    """
+    answers = question.options or {word: word for word in _WORDS}
+    words = [engine.tokenize(f" {neutralise(answer)}", begin=False) for answer in answers.values()]
+    given = engine.log_likelihoods(_prompt(engine, question, hide_letters(text)), words)
+    prior = engine.log_likelihoods(_prompt(engine, question, _NOTHING), words)
+    return list(answers)[int((given - prior).argmax())]
+
+
+def hide_letters(text: str) -> str:
+    """A rationale's own words without the names of options: what explains must do without them."""
+    return " ".join(_LETTER.sub(" ", prose(text)).split())
+
+
+def _prompt(engine: Engine, question: Question, explanation: str) -> list[int]:
+    user = neutralise(f"{question.question}\n\nExplanation: {explanation}")
+    messages = [Message(role="user", content=user), Message(role="assistant", content=_OPENING)]
+    return engine.tokenize(engine.render(messages, continue_reply=True))

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from domains.jsonl import write_jsonl
+from domains.records import Example, Hit, Message, Passage, Question, Quote, Rationale
+from pipeline.ablation import Oracle, Recipes, Taught, kept_rationales, summarise_marks
+from pipeline.run_folder import Run
+
+TEXTS = {"cat": "The cat eats fish.", "dog": "The dog eats bones.", "cow": "The cow eats grass."}
+
+
+def passage(name: str) -> Passage:
+    return Passage(
+        passage_id=f"{name}-0", doc_id=name, title=name, heading="", text=TEXTS[name], start=0, end=len(TEXTS[name])
+    )  # fmt: skip
+
+
+def question(name: str) -> Question:
+    return Question(
+        id=name, kind="open", question=f"What does the {name} eat?", answer=TEXTS[name].split()[-1],
+        about=name, gold=[Quote(doc_id=name, quote=TEXTS[name])], split="seed",
+    )  # fmt: skip
+
+
+def rationale(name: str, sample: int = 0) -> Rationale:
+    return Rationale(
+        question_id=name, sample=sample, text=f"Passage says {TEXTS[name].lower()}\nAnswer: it", answer="it",
+        passages=[f"{name}-0"], teacher="t", request=f"{name}{sample}",
+    )  # fmt: skip
+
+
+def recipes(asked: list[str], *, question_share: float = 0.0) -> Recipes:
+    def by_rationale(query: str, top_k: int) -> list[Passage]:
+        asked.append(query)
+        return [passage("cat"), passage("dog")][:top_k]
+
+    def by_question(query: str, top_k: int) -> list[Passage]:
+        assert "Passage says" not in query
+        return [passage("cow")][:top_k]
+
+    return Recipes(
+        system="s", by_rationale=by_rationale, by_question=by_question, top_k=2, question_share=question_share
+    )
+
+
+def taught() -> list[Taught]:
+    return [Taught(question(name), rationale(name, sample)) for name in ("cat", "dog") for sample in (0, 1)]
+
+
+def test_kard_rows_are_retrieved_with_rationale_and_answer_and_teach_both() -> None:
+    asked: list[str] = []
+    rows = recipes(asked).rows("kard", taught())
+    assert asked[0] == "Passage says the cat eats fish.\nAnswer: fish."
+    assert rows[0].passages == ["cat-0", "dog-0"]
+    assert rows[0].completion == "Passage says the cat eats fish.\nAnswer: fish."
+    assert len(rows) == 4
+
+
+def test_a_share_of_kard_rows_is_retrieved_by_the_question() -> None:
+    asked: list[str] = []
+    rows = recipes(asked, question_share=0.5).rows("kard", taught())
+    assert sorted(row.origin for row in rows) == ["rationale", "rationale", "retrieved", "retrieved"]
+    assert all(row.passages == ["cow-0"] for row in rows if row.origin == "retrieved")
+    assert len(asked) == 2
+
+
+def test_closed_book_rows_show_no_passage_and_answers_alone_come_once_per_question() -> None:
+    asked: list[str] = []
+    maker = recipes(asked)
+    answers, rationales = maker.rows("answers", taught()), maker.rows("rationales", taught())
+    assert [row.completion for row in answers] == ["Answer: fish.", "Answer: bones."]
+    assert len(rationales) == 4
+    assert not asked
+    assert all("Passages:" not in row.messages[-1].content for row in answers + rationales)
+
+
+class _Fixed:
+    def retrieve(self, query: str, *, top_k: int) -> list[Hit]:
+        assert query
+        return [Hit(passage=passage(name), score=0.5) for name in ("dog", "cat", "cow")][:top_k]
+
+
+def test_the_oracle_shows_gold_first_and_never_twice() -> None:
+    oracle = Oracle([question("cow")], [passage(name) for name in TEXTS], _Fixed())
+    hits = oracle.retrieve(question("cow").question, top_k=3)
+    assert [hit.passage.doc_id for hit in hits] == ["cow", "dog", "cat"]
+
+
+def test_only_rationales_behind_training_rows_are_taught(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    row = Example(
+        id="1", question_id="cat", messages=[Message(role="user", content="x")], completion="y", passages=[],
+        origin="gold", request="cat1",
+    )  # fmt: skip
+    write_jsonl(run.examples, [row])
+    write_jsonl(run.rationales, [rationale("cat", 0), rationale("cat", 1), rationale("dog")])
+    kept = kept_rationales(run, [question("cat"), question("dog")])
+    assert [item.rationale.request for item in kept] == ["cat1"]
+
+
+def test_differences_are_paired_and_taken_to_the_named_arm() -> None:
+    questions = [question(name) for name in TEXTS]
+    marks = {
+        "base": {q.id: {"score": (0.0, 1.0)} for q in questions},
+        "kard": {q.id: {"score": (1.0, 1.0)} for q in questions},
+    }
+    summary = summarise_marks(marks, questions, against="base", resamples=50, seed=0)
+    assert summary["kard"]["score"] == 1
+    assert summary["kard"]["minus_base"] == pytest.approx([1, 1, 1])
+    assert "minus_base" not in summary["base"]
+    assert "option_accuracy" not in summary["kard"]

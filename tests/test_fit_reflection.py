@@ -1,0 +1,224 @@
+"""Threshold and weights: chosen from cached answers, on a development set that holds no exam question."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from domains.config import ReflectSection
+from domains.errors import DataError
+from domains.records import Answer, JudgedSegment, Question, Reflection
+from pipeline.fit_reflection import fit, outcome, retrieval_reliability
+from pipeline.metrics import mark_answer
+from pipeline.plots import plot_reliability
+from pipeline.progress import Silent
+from pipeline.reflection_cases import CachedAnswer, Case, collect, development_questions
+from pipeline.reflection_report import describe_reflection
+from serve.reflection_run import Vocabulary
+from serve.reflection_scores import Weights
+from serve.reflection_tokens import Settings, TokenReflector
+from tests.reflection_engine import ReflectingEngine
+from tests.small_serving import ABSTAIN, FixedRetriever
+from tests.test_reflection_tokens import BAD, FIVE, FULL, GOOD, LOOK, NONE, Assistant
+
+
+def candidate(outcome: float, *, relevance: float = 0.5, support: float = 0.0, **more: Any) -> CachedAnswer:
+    facts = {"utility": 0.0, "sequence": 0.5, "unsupported": False, "key": None, **more}
+    return CachedAnswer(relevance=relevance, support=support, outcome=outcome, **facts)
+
+
+def case(p_retrieve: float, closed: float, *candidates: CachedAnswer, is_closed: bool = False) -> Case:
+    return Case(
+        question_id="q",
+        is_closed=is_closed,
+        p_retrieve=p_retrieve,
+        closed=candidate(closed),
+        candidates=list(candidates),
+        nothing=0.25,
+    )
+
+
+def test_the_threshold_is_put_where_retrieval_begins_to_help() -> None:
+    helped = [case(p, 0, candidate(1)) for p in (0.65, 0.75, 0.95)]
+    harmed = [case(p, 1, candidate(0)) for p in (0.05, 0.22, 0.55)]
+    found = fit([*helped, *harmed], ReflectSection())
+    assert (found.threshold, found.score, found.retrieval_rate) == (0.6, 1.0, 0.5)
+    assert (found.before, found.always, found.never) == (pytest.approx(4 / 6), 0.5, 0.5)
+    assert found.weights == Weights()  # nothing to gain: what is configured stays
+    assert "threshold = 0.6\n" in found.toml()
+
+
+def test_the_weights_are_those_that_pick_the_right_passage() -> None:
+    cases = [
+        case(0.9, 0, candidate(0, relevance=0.9, support=0.1), candidate(1, relevance=0.1, support=0.7))
+        for _ in range(3)
+    ]
+    found = fit(cases, ReflectSection())
+    assert found.before == 0
+    assert found.score == 1
+    assert found.weights.support > found.weights.relevance
+
+
+def test_settings_are_worth_what_serving_would_have_said() -> None:
+    good, bad = candidate(1, support=0.2, key="A"), candidate(0, support=0.9, unsupported=True, key="B")
+    open_question = case(0.5, 0.4, good, bad)
+
+    def worth(item: Case, threshold: float = 0.2, drop: bool = False) -> tuple[float, bool]:
+        return outcome(item, threshold=threshold, weights=Weights(), drop_unsupported=drop)
+
+    assert worth(open_question) == (0, True)
+    assert worth(open_question, drop=True) == (1, True)
+    assert worth(open_question, threshold=0.5) == (0.4, False)
+    assert worth(case(0.5, 0.4, bad), drop=True) == (0.25, True)  # nothing is left: the abstention
+    vote = case(
+        0.5, 0, good, candidate(1, support=0.3, key="A"), candidate(0, support=1, key="B"), is_closed=True
+    )
+    assert worth(vote) == (1, True)
+
+
+def test_retrieval_reliability_is_over_questions_where_it_makes_a_difference() -> None:
+    cases = [case(0.9, 0, candidate(1)), case(0.1, 1, candidate(0)), case(0.7, 1, candidate(1))]
+    table, error = retrieval_reliability(cases)
+    assert [(each.confidence, each.right, each.answers) for each in table] == [(0.1, 0, 1), (0.9, 1, 1)]
+    assert error == pytest.approx(0.1)
+    assert retrieval_reliability([case(0.7, 1, candidate(1))]) == ([], 0.0)
+    svg = plot_reliability([asdict(each) for each in table], event="it helped")
+    assert "it helped" in svg
+    assert plot_reliability([], event="it helped") == ""
+
+
+def question(name: str, split: Any, about: str) -> Question:
+    return Question(
+        id=name, kind="open", question=f"What is {name}?", answer="40 mg", about=about, split=split
+    )
+
+
+def test_development_is_by_document_and_never_from_the_exam() -> None:
+    pool = [
+        question(f"q{number}", "exam" if number % 3 == 0 else "seed", f"doc{number // 2}")
+        for number in range(200)
+    ]
+    drawn = development_questions(pool, share=0.3, seed=0)
+    assert {item.split for item in drawn} == {"seed"}
+    assert 0.15 < len(drawn) / len([item for item in pool if item.split == "seed"]) < 0.45
+    kept = {item.about for item in pool if item.split == "seed"} - {item.about for item in drawn}
+    assert not kept & {item.about for item in drawn}
+    assert drawn == development_questions(pool, share=0.3, seed=0)
+    seen = {item.id for item in drawn[3:]}
+    assert development_questions(pool, share=0.3, seed=0, trained_on=seen) == drawn[:3]
+    everything = {item.id for item in pool}
+    assert development_questions(pool, share=0.3, seed=0, trained_on=everything) == drawn
+    with pytest.raises(DataError):
+        development_questions(pool[:1], share=1, seed=0)
+
+
+def test_every_way_of_answering_is_collected_once() -> None:
+    def script(prompt: str) -> str:
+        if prompt.endswith("[No Retrieval]"):
+            return "30 mg" + FIVE
+        if prompt.endswith("</paragraph>"):
+            return (
+                GOOD + "40 mg" + FULL + FIVE
+                if "<paragraph>Brenzal" in prompt
+                else BAD + "50 mg" + NONE + FIVE
+            )
+        return LOOK
+
+    engine: Any = ReflectingEngine(script)
+    reflector = TokenReflector(Vocabulary.of(engine), Settings())
+    assistant = Assistant(
+        engine,
+        FixedRetriever("Corvane", "Brenzal"),
+        system="Be brief.",
+        abstain=ABSTAIN,
+        top_k=2,
+        max_tokens=50,
+        unsupported="keep",
+        reflector=reflector,
+    )
+    questions = [question(f"q{number}", "seed", "brenzal") for number in range(10)]
+    cases = collect(
+        assistant,
+        reflector,
+        questions,
+        value=lambda asked, text, _: float(text == asked.answer),
+        progress=Silent(),
+    )
+    assert len(cases) == 10
+    first = cases[0]
+    assert first.closed.outcome == 0
+    assert [item.outcome for item in first.candidates] == [0, 1]
+    assert [item.unsupported for item in first.candidates] == [True, False]
+    assert first.candidates[1].relevance == pytest.approx(0.9)
+    assert first.p_retrieve == pytest.approx(0.95 / 0.96)
+    assert fit(cases, ReflectSection()).score == 1
+
+
+# -- the exam's part ---------------------------------------------------------------------------------
+
+
+def answer(*, retrieved: bool, p: float | None = 0.5, support: float = 0.9, supported: bool = True) -> Answer:
+    return Answer(
+        question="Why?",
+        text="So.",
+        raw="So.",
+        support="supported" if supported else "unsupported",
+        citations=[],
+        reflection=Reflection(
+            backend="tokens",
+            retrieved=retrieved,
+            p_retrieve=p,
+            segments=[JudgedSegment(decision="no_retrieval", text="So.", support=support)],
+            expected={"relevance": 2, "utility": 1},
+            missing={"utility": 1},
+            unparsed=1,
+            passes=3,
+        ),
+    )
+
+
+def test_the_exam_marks_retrieval_missing_groups_and_what_could_not_be_read() -> None:
+    marks = mark_answer(
+        question("q", "exam", "d"), answer(retrieved=True), gold=[], abstain=ABSTAIN, seconds=1
+    )
+    assert marks["retrieval_rate"] == (1, 1)
+    assert marks["group_missing"] == (1, 3)
+    assert marks["judgement_unparsed"] == (1, 1)
+    assert marks["passes_per_question"] == (3, 1)
+    plain = answer(retrieved=True).model_copy(update={"reflection": None})
+    assert "retrieval_rate" not in mark_answer(
+        question("q", "exam", "d"), plain, gold=[], abstain=ABSTAIN, seconds=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("retrieved", "said"), [([True, True], "all of 2"), ([False, False], "none of 2"), ([True, False], "")]
+)
+def test_always_or_never_retrieving_is_a_warning(retrieved: list[bool], said: str) -> None:
+    report = describe_reflection(
+        {"exported_rag": [answer(retrieved=each) for each in retrieved], "base_rag": []}
+    )
+    assert report is not None
+    assert [said in line for line in report["warnings"]] == ([True] if said else [])
+    assert report["arms"]["exported_rag"]["retrieval_rate"] == sum(retrieved) / 2
+
+
+def test_a_back_end_that_does_not_decide_is_not_warned_of() -> None:
+    report = describe_reflection({"exported_rag": [answer(retrieved=True, p=None)]})
+    assert report is not None
+    assert report["warnings"] == []
+    assert describe_reflection({"base_rag": []}) is None
+
+
+def test_the_students_support_is_held_against_what_stands_in_the_passages() -> None:
+    answers = [answer(retrieved=True, support=0.9), answer(retrieved=False, support=0.1, supported=False)]
+    report = describe_reflection({"exported_rag": answers})
+    assert report is not None
+    facts = report["arms"]["exported_rag"]
+    assert [(each["confidence"], each["right"]) for each in facts["support_reliability"]] == [
+        (0.1, 0),
+        (0.9, 1),
+    ]
+    assert facts["support_calibration_error"] == pytest.approx(0.1)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from domains.domain import Domain, load_domain
+from domains.errors import ConfigError, DataError, ModelError, TeacherError
+from pipeline.preflight import check_main_job, claim
+from pipeline.progress import Silent
+from pipeline.run_folder import Run
+
+
+class Told(Silent):
+    """Keeps what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+def with_changes(domain: Domain, **sections: dict[str, object]) -> Domain:
+    changed = {name: getattr(domain.config, name).model_copy(update=keys) for name, keys in sections.items()}
+    return Domain(domain.folder, domain.config.model_copy(update=changed), domain.prompts)
+
+
+def test_a_shipped_domain_passes_without_a_word(tmp_path: Path) -> None:
+    told = Told()
+    check_main_job(load_domain("medical"), Run(tmp_path / "medical" / "quick"), told)
+    assert told.said == []
+
+
+def test_a_wrong_base_and_a_missing_key_are_found_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    domain, run = load_domain("medical"), Run(tmp_path / "medical" / "quick")
+    with pytest.raises(ModelError, match="no base model '/no/such/model'"):
+        check_main_job(with_changes(domain, student={"base": "/no/such/model"}), run, Silent())
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    paid = with_changes(domain, teacher={"kind": "endpoint", "api_key_env": "SOME_KEY"})
+    with pytest.raises(TeacherError, match="SOME_KEY is not set"):
+        check_main_job(paid, run, Silent())
+    monkeypatch.setenv("SOME_KEY", "x")
+    check_main_job(paid, run, Silent())
+
+
+def test_what_is_asked_already_needs_no_key(tmp_path: Path) -> None:
+    run = Run(tmp_path / "medical" / "quick")
+    run.folder.mkdir(parents=True)
+    run.rationales.write_text("")
+    paid = with_changes(load_domain("medical"), teacher={"kind": "endpoint", "api_key_env": "SOME_KEY"})
+    check_main_job(paid, run, Silent())
+
+
+def test_broken_questions_and_too_few_of_them_are_told(tmp_path: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    domain = with_changes(load_domain("medical"), corpus={"questions": str(questions)})
+    run = Run(tmp_path / "runs" / "medical" / "quick")
+    questions.write_text("{broken\n")
+    with pytest.raises(DataError, match="line 1"):
+        check_main_job(domain, run, Silent())
+    questions.write_text(
+        '{"id": "1", "kind": "open", "question": "Why?", "answer": "So.", "about": "a", "split": "seed"}\n'
+    )
+    told = Told()
+    check_main_job(domain, run, told)
+    assert "Only 1 seed questions" in told.said[0]
+
+
+def test_a_copied_domain_does_not_write_into_the_runs_of_the_first(tmp_path: Path) -> None:
+    shutil.copytree(load_domain("medical").folder, tmp_path / "mine")
+    shutil.copytree(tmp_path / "mine", tmp_path / "copy")
+    run = Run(tmp_path / "runs" / "medical" / "quick")
+    claim(load_domain(str(tmp_path / "mine")), run)
+    claim(load_domain(str(tmp_path / "mine")), run)
+    with pytest.raises(ConfigError, match="has the same name 'medical'"):
+        claim(load_domain(str(tmp_path / "copy")), run)
+    (tmp_path / "mine").rename(tmp_path / "moved")  # the first is gone: it was moved, and its runs go along
+    claim(load_domain(str(tmp_path / "moved")), run)

@@ -1,0 +1,208 @@
+"""Rows that reflect: every row is what it says, abstentions stay within their share, counts add up."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from test_curate import ABSTAIN, all_kept, finds_home, indexed, made, misses, nobody, passages, seeds
+
+from domains.domain import load_domain
+from domains.jsonl import read_jsonl, write_jsonl
+from domains.records import Critique, Example, Passage
+from pipeline import curate
+from pipeline.augment import Find, Sampling
+from pipeline.critic_rules import NAME, RuleCritic
+from pipeline.progress import Silent
+from pipeline.reflect_ground import Ground
+from pipeline.reflect_rows import token_rows
+from pipeline.rows import Kept, gold_quotes
+from pipeline.run_folder import Run
+from pipeline.verdict_rows import draw_passages, verdict_rows
+from rag.answers import is_abstention, parse_reply
+from rag.reflection import RELEVANCE, RETRIEVE, SUPPORT, TOKENS, UTILITY
+from rag.verdicts import split_verdict
+
+SHARE = 0.3
+assert made  # a fixture
+
+
+def ground(find: Find, *, seed: int = 0) -> Ground:
+    return Ground(
+        system="S",
+        abstain=ABSTAIN,
+        find=find,
+        critic=RuleCritic(),
+        top_k=3,
+        passages=4,
+        rationale_in_target=False,
+        sampling=Sampling(seed=seed),
+    )
+
+
+def plain(text: str) -> str:
+    for token in TOKENS:
+        text = text.replace(token, "")
+    return text
+
+
+def abstains(row: Example) -> bool:
+    return is_abstention(parse_reply(plain(row.completion)).answer, abstain=ABSTAIN)
+
+
+def check(rows: list[Example], counts: Counter[str]) -> None:
+    origins = Counter(row.origin for row in rows)
+    assert all(counts[f"{origin}_rows"] == number for origin, number in origins.items())
+    assert len({row.id for row in rows}) == len(rows)
+    refused = [row for row in rows if abstains(row)]
+    assert {row.id for row in refused} == {
+        row.id for row in rows if row.origin in {"irrelevant", "unanswerable"}
+    }
+    assert len(refused) <= SHARE * len(rows) + 1e-9
+
+
+def many_kept() -> list[Kept]:
+    """Each question five times over, with other words."""
+    kept = all_kept()
+    return [
+        Kept(
+            item.question.model_copy(
+                update={"id": f"{item.question.id}-{copy}", "question": f"{copy}: {item.question.question}"}
+            ),
+            item.rationale.model_copy(update={"question_id": f"{item.question.id}-{copy}"}),
+            item.passages,
+        )
+        for item in kept
+        for copy in range(5)
+    ]
+
+
+def test_a_token_row_asks_without_passages_and_reflects_in_its_answer() -> None:
+    kept = all_kept()
+    rows, counts, labels = token_rows(
+        ground(finds_home), kept, nobody(), irrelevant_share=0.1, abstention_share=SHARE
+    )
+    check(rows, counts)
+    left_out = ("no_retrieval_left_out", "no_sentence_left", "continues_nothing", "drawn_irrelevant_left_out")
+    assert len(rows) == (
+        len(kept)
+        - sum(counts[name] for name in left_out)
+        + counts["irrelevant_extra"]
+        + counts["unanswerable_rows"]
+    )
+    assert counts["retrieved_rows"] == len(kept)
+    texts = {passage.passage_id: passage for passage in passages()}
+    for row in rows:
+        assert "Passages:" not in row.messages[1].content
+        (shown,) = [texts[name] for name in row.passages]
+        (span,) = row.unsupervised
+        assert row.completion[slice(*span)] == f"{shown.title}\n{shown.text}"
+        assert row.completion.startswith(RETRIEVE["retrieve"] + "<paragraph>")
+        if abstains(row):
+            assert RELEVANCE["irrelevant"] in row.completion
+            assert not any(token in row.completion for token in SUPPORT.values())
+            assert row.completion.endswith(f"Answer: {ABSTAIN}{UTILITY[1]}")
+        else:
+            assert row.completion.endswith(SUPPORT["full"] + UTILITY[5])
+            for quote, number in parse_reply(plain(row.completion)).quotes:
+                assert number == 1
+                assert quote in shown.text
+    assert {label.task for label in labels} == {"retrieve", "isrel", "issup", "isuse"}
+    assert {label.teacher for label in labels} == {NAME}
+
+
+def test_where_only_irrelevant_passages_are_found_the_row_abstains_up_to_the_share() -> None:
+    kept = many_kept()
+    rows, counts, _ = token_rows(ground(misses), kept, [], irrelevant_share=0.0, abstention_share=SHARE)
+    # nothing answers: no answer gives no room for an abstention
+    assert rows == []
+    assert counts["drawn_irrelevant_left_out"] == len(kept)
+
+    def sometimes(query: str, top_k: int) -> list[Passage]:
+        return (misses if "alder" in query else finds_home)(query, top_k)
+
+    rows, counts, _ = token_rows(ground(sometimes), kept, [], irrelevant_share=0.0, abstention_share=SHARE)
+    check(rows, counts)
+    assert counts["irrelevant_rows"] == counts["drawn_irrelevant"] - counts["drawn_irrelevant_left_out"] > 0
+
+
+def test_a_text_row_begins_with_a_true_verdict_about_its_passages() -> None:
+    kept = many_kept()
+    rows, counts, labels = verdict_rows(
+        ground(finds_home), kept, nobody(), irrelevant_share=0.1, abstention_share=SHARE
+    )
+    check(rows, counts)
+    assert len(rows) == (
+        len(kept)
+        - counts["uninformative_left_out"]
+        + counts["irrelevant_extra"]
+        + counts["unanswerable_rows"]
+    )
+    asked = {item.question.id: item.question for item in kept}
+    texts = {passage.passage_id: passage for passage in passages()}
+    answers = 0
+    for row in rows:
+        shown = [texts[name] for name in row.passages]
+        verdict, reply = split_verdict(row.completion, len(shown))
+        assert verdict is not None
+        assert row.unsupervised == []
+        assert all(f"[{number}] " in row.messages[1].content for number in range(1, len(shown) + 1))
+        if row.question_id not in asked or abstains(row):
+            assert not any(verdict)
+            continue
+        answers += 1
+        question = asked[row.question_id]
+        assert verdict == [bool(gold_quotes(question, [passage])) for passage in shown]
+        for quote, number in parse_reply(reply).quotes:
+            assert quote in shown[number - 1].text
+            assert verdict[number - 1]
+    assert answers == counts["retrieved_rows"] > 40
+    assert {label.task for label in labels} == {"isrel"}
+
+
+def test_the_number_of_passages_is_sails() -> None:
+    draw, pool = random.Random(0), passages()
+    sizes = Counter(len(draw_passages(pool, draw)) for _ in range(4000))
+    shares = [sizes[number] / 4000 for number in range(4)]
+    assert shares == pytest.approx([0.2, 0.1, 0.3, 0.4], abs=0.03)
+    assert len(draw_passages(pool[:1], random.Random(1))) <= 1
+
+
+@pytest.mark.parametrize("kind", ["tokens", "text"])
+def test_same_seed_same_rows_another_seed_others(kind: str) -> None:
+    def build(seed: int) -> list[Example]:
+        make = token_rows if kind == "tokens" else verdict_rows
+        return make(
+            ground(finds_home, seed=seed), many_kept(), nobody(), irrelevant_share=0.1, abstention_share=SHARE
+        )[0]
+
+    assert build(0) == build(0)
+    assert build(0) != build(1)
+
+
+@pytest.mark.parametrize("backend", ["tokens", "text", "grader", "none"])
+def test_the_stage_writes_what_the_backend_needs(made: tuple[Path, Path], backend: str) -> None:
+    folder, run_folder = made
+    config = folder / "domain.toml"
+    before = config.read_text("utf-8")
+    run = Run(run_folder)
+    write_jsonl(run.rationales, [indexed(question, run_folder) for question in seeds()])
+    curate.run(load_domain(str(folder)), run, Silent())
+    ordinary = run.examples.read_bytes()
+    try:
+        config.write_text(f'{before}\n[reflect]\nbackend = "{backend}"\n', encoding="utf-8")
+        report = curate.run(load_domain(str(folder)), run, Silent())
+    finally:
+        config.write_text(before, encoding="utf-8")
+    rows = read_jsonl(run.examples, Example)
+    assert report.counts["rows"] == len(rows) > 14
+    if backend in {"none", "grader"}:
+        assert run.examples.read_bytes() == ordinary
+        assert not run.critiques.exists()
+        assert "critic" not in report.facts
+        return
+    labels = read_jsonl(run.critiques, Critique)
+    assert sum(count for name, count in report.facts["critic"].items() if ", by " in name) == len(labels) > 0
+    assert all(bool(row.unsupervised) is (backend == "tokens") for row in rows)

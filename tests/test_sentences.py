@@ -1,0 +1,173 @@
+"""Quote or drop: every sentence of an answer stands in the documents, or is dropped or marked."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from domains.records import Citation
+from rag.citations import check_quotes, supports
+from rag.sentences import MARK, citation_quality, kept_text, link_sentences, split_units
+from tests.small_serving import ABSTAIN, passage, scripted_assistant
+
+BRENZAL, PELIDOR = passage("Brenzal"), passage("Pelidor")
+DOSE = ("The adult dose of Brenzal is 40 mg once a day.", 1)
+CHILDREN = ("Children under six years must not be given Pelidor.", 2)
+
+
+def cited(*quotes: tuple[str, int]) -> list[Citation]:
+    citations, rejected = check_quotes(quotes, [BRENZAL, PELIDOR])
+    assert not rejected
+    return citations
+
+
+@pytest.mark.parametrize(
+    ("text", "units"),
+    [
+        (
+            "Take 2.5 mg, e.g. at night. Dr. Lee said so.",
+            ["Take 2.5 mg, e.g. at night. ", "Dr. Lee said so."],
+        ),
+        ("Take these:\n- one tablet\n- two drops", ["Take these:\n- one tablet\n", "- two drops"]),
+        ("## Dose\n40 mg a day.\n\nNot at night.", ["## Dose\n40 mg a day.\n\n", "Not at night."]),
+        ("1. First.\n2. Second.", ["1. First.\n", "2. Second."]),
+        ("Yes", ["Yes"]),
+        ("To be taken with:", ["To be taken with:"]),
+        ("", []),
+    ],
+)
+def test_units_are_sentences_with_their_lead_in(text: str, units: list[str]) -> None:
+    assert [text[unit.start : unit.stop] for unit in split_units(text)] == units
+
+
+PIECES = st.lists(
+    st.sampled_from(
+        ["Take 2.5 mg. ", "e.g. ", "- item\n", "\n\n", "Note:\n", "## Head\n", "Dr. ", "It works", "! ", "a"]
+    ),
+    max_size=12,
+).map(lambda pieces: "".join(pieces).strip())
+
+
+@given(PIECES, st.integers(0, 200))
+def test_units_lose_nothing_and_only_the_last_changes_when_text_is_added(text: str, cut: int) -> None:
+    units = split_units(text)
+    assert "".join(text[unit.start : unit.stop] for unit in units) == text
+    early = split_units(text[:cut].rstrip())
+    assert [unit.start for unit in early] == [unit.start for unit in units][: len(early)]
+
+
+@pytest.mark.parametrize(
+    ("claim", "question", "carried"),
+    [
+        ("Adults take 40 mg of Brenzal once a day.", "", True),
+        ("Adults take 90 mg of Brenzal once a day.", "", False),  # another number
+        ("Adults take 40 mg of Sanivar once a day.", "", False),  # another name
+        ("The adult dose of Brenzal is not 40 mg once a day.", "", False),  # negated
+        ("40 mg", "What is the adult dose of Brenzal?", True),
+        ("Yes", "Is the dose 40 mg?", True),  # says nothing that the question did not
+        ("B", "Which dose?", True),
+        ("It cures headaches.", "What is the adult dose of Brenzal?", False),
+    ],
+)
+def test_a_quote_carries_what_it_says(claim: str, question: str, *, carried: bool) -> None:
+    citations, _ = check_quotes([DOSE], [BRENZAL])
+    assert supports(claim, citations, [BRENZAL], question=question) == carried
+
+
+def test_nothing_is_carried_by_nothing() -> None:
+    assert not supports("Yes", [], [BRENZAL])
+    assert not supports("Adults take 40 mg.", [], [BRENZAL])
+
+
+def test_sentences_are_linked_to_their_own_quotes_or_to_what_is_found() -> None:
+    answer = "Adults take 40 mg of Brenzal once a day. Pelidor must not be given to children under six. It is blue."
+    linked = link_sentences(
+        answer,
+        question="Doses?",
+        rationale="",
+        citations=cited(DOSE),
+        passages=[BRENZAL, PELIDOR],
+        search=True,
+    )
+    assert [statement.citations for statement in linked.statements] == [[0], [1], []]
+    assert [(item.number, item.by) for item in linked.citations] == [(1, "model"), (2, "overlap")]
+    assert linked.supported == [True, True, False]
+    assert kept_text(answer, linked, mark=False) == answer.removesuffix(" It is blue.")
+    assert kept_text(answer, linked, mark=True) == f"{answer} {MARK}"
+
+
+def test_two_quotes_can_carry_a_sentence_together() -> None:
+    claim = "A tablet against hay fever whose adult dose is 40 mg."
+    citations = cited(("Brenzal is a tablet against hay fever.", 1), DOSE)
+    assert not supports(claim, citations[:1], [BRENZAL])
+    linked = link_sentences(
+        claim, question="", rationale="", citations=citations, passages=[BRENZAL], search=False
+    )
+    assert linked.statements[0].citations == [0, 1]
+
+
+REPLY = (
+    '"The adult dose of Brenzal is 40 mg once a day." [1]\n'
+    "Answer: Adults take 40 mg of Brenzal once a day. It works within 2.5 days, e.g. at sea. "
+    "Children under six years must not be given Pelidor."
+)
+
+
+def test_unsupported_sentences_are_dropped() -> None:
+    assistant, _, _ = scripted_assistant(REPLY, "Brenzal", "Pelidor", unsupported="drop")
+    answer = assistant.ask("What is the dose?")
+    assert answer.text == (
+        "Adults take 40 mg of Brenzal once a day. Children under six years must not be given Pelidor."
+    )
+    assert (answer.support, answer.withheld) == ("supported", "partly")
+    assert [len(statement.citations) for statement in answer.statements] == [1, 0, 1]
+    assert len(answer.citations) == 2
+
+
+def test_unsupported_sentences_are_marked() -> None:
+    assistant, _, _ = scripted_assistant(REPLY, "Brenzal", "Pelidor", unsupported="mark")
+    answer = assistant.ask("What is the dose?")
+    assert f"e.g. at sea. {MARK} Children" in answer.text
+    assert answer.text.count(MARK) == 1
+    assert answer.withheld is None
+
+
+def test_an_answer_of_which_nothing_is_left_is_the_abstention() -> None:
+    reply = "Answer: It cures gout. It tastes of mint."
+    dropping, _, _ = scripted_assistant(reply, "Brenzal", unsupported="drop")
+    marking, _, _ = scripted_assistant(reply, "Brenzal", unsupported="mark")
+    gone, marked = dropping.ask("What for?"), marking.ask("What for?")
+    assert (gone.text, gone.support, gone.withheld) == (ABSTAIN, "unsupported", "unsupported")
+    assert marked.text == f"It cures gout. {MARK} It tastes of mint. {MARK}"
+    assert marked.support == "unsupported"
+
+
+def test_a_list_keeps_the_items_that_stand_in_the_documents() -> None:
+    reply = (
+        "Answer: Note:\n- Children under six years must not be given Pelidor.\n"
+        "- It tastes of mint.\n- Pelidor is a cough syrup."
+    )
+    assistant, _, _ = scripted_assistant(reply, "Pelidor", unsupported="drop")
+    assert assistant.ask("What is known?").text == (
+        "Note:\n- Children under six years must not be given Pelidor.\n- Pelidor is a cough syrup."
+    )
+
+
+def test_whole_answers_are_kept_and_their_sentences_linked_to_what_was_cited() -> None:
+    assistant, _, _ = scripted_assistant(REPLY, "Brenzal", "Pelidor", unsupported="withdraw")
+    answer = assistant.ask("What is the dose?")
+    assert answer.text.endswith("Pelidor.")
+    assert [statement.citations for statement in answer.statements] == [[0], [], []]
+
+
+def test_citation_quality_counts_as_alce_does() -> None:
+    sentences = ["Adults take 40 mg of Brenzal once a day.", "It tastes of mint."]
+    useless = ("Pelidor is a cough syrup.", 2)
+    both = [BRENZAL, PELIDOR]
+    assert citation_quality(sentences, cited(DOSE), both, question="") == (1, 1)
+    assert citation_quality(sentences, cited(DOSE, useless), both, question="") == (1, 1)
+    assert citation_quality(sentences[1:], cited(DOSE), both, question="") == (0, 0)
+    halves = cited(("Brenzal is a tablet against hay fever.", 1), DOSE)
+    claim = "A tablet against hay fever whose adult dose is 40 mg."
+    assert citation_quality([claim], halves, both, question="") == (1, 2)  # neither carries it alone
