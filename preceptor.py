@@ -205,10 +205,8 @@ def _stage(
     name: str, domain_name: str, profile: str, run_name: str, runs: Path, force: bool, as_json: bool
 ) -> None:
     from pipeline.job import run_job
-    from pipeline.preflight import claim
 
     domain, run = _open_run(domain_name, profile, run_name, runs)
-    claim(domain, run)
     with _progress(as_json) as progress:
         (outcome,) = run_job(domain, run, progress, stages=[name], force=force)
     _learn(domain, outcome)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from domains.domain import Domain
 from domains.errors import StageError
+from pipeline.preflight import check_owner, note_owner
 from pipeline.progress import Progress
 from pipeline.run_folder import Finished, Report, Run, disk_errors
 from pipeline.stages import NAMES, STAGES, Stage, fingerprint, is_done, paths_of
@@ -66,13 +67,17 @@ def run_job(
         after: called when a stage is done or was skipped.
 
     Raises:
+        ConfigError: the runs of this name belong to another domain's folder.
         RunLocked: another process works on this run.
         PreceptorError: a stage failed; what finished before is kept.
     """
-    outcomes = []
+    outcomes: list[Outcome] = []
+    check_owner(domain, run)
     with run:
         for name in stages:
             outcome = run_stage(name, domain, run, progress, force=force)
+            if not outcomes:
+                note_owner(domain, run)
             outcomes.append(outcome)
             if after is not None:
                 after(outcome)

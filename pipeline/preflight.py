@@ -25,7 +25,7 @@ def check_main_job(domain: Domain, run: Run, progress: Progress) -> None:
         ModelError: the student's base is neither known, nor a folder, nor a hub id.
         TeacherError: the teacher's key is missing while there is something to ask.
     """
-    claim(domain, run)
+    check_owner(domain, run)
     check_base(domain.config.student.base)
     questions = domain.read_questions()
     teacher = domain.config.teacher
@@ -44,21 +44,26 @@ def check_main_job(domain: Domain, run: Run, progress: Progress) -> None:
         )
 
 
-def claim(domain: Domain, run: Run) -> None:
-    """Note which domain folder the runs of this name belong to; a copied domain must get a name of its own.
+def check_owner(domain: Domain, run: Run) -> None:
+    """Pass unless the runs of this name belong to another domain folder: a copied domain must get its own name.
 
     Raises:
-        ConfigError: they belong to another folder, which is still there.
+        ConfigError: they do, and that folder is still there.
     """
     note = run.folder.parent / _OWNER
     own = str(domain.folder.resolve())
-    owner = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
-    if owner and owner != own and (Path(owner) / "domain.toml").is_file():
+    owner = note.read_text(encoding="utf-8").strip() if note.is_file() else own
+    if owner != own and (Path(owner) / "domain.toml").is_file():
         raise ConfigError(
             f"{run.folder.parent} holds the runs of the domain in {owner}, and {own} has the same name {domain.name!r}",
             expected="a name of its own for each domain: runs, ledger and bundles are kept under it",
             next_step=f"change [domain] name in {domain.folder / 'domain.toml'}, or give --runs DIR",
         )
-    if owner != own:
-        run.folder.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(note, own + "\n")
+
+
+def note_owner(domain: Domain, run: Run) -> None:
+    """Write down which domain folder the runs of this name belong to."""
+    text = f"{domain.folder.resolve()}\n"
+    note = run.folder.parent / _OWNER
+    if not note.is_file() or note.read_text(encoding="utf-8") != text:
+        write_text_atomic(note, text)

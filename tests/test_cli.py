@@ -314,10 +314,10 @@ def states(said: Said) -> dict[str, str]:
 def test_status_knows_missing_done_and_stale(call: Call, machines: Path, tmp_path: Path) -> None:
     assert states(call("status", "machines", "--json")) == dict.fromkeys(NAMES, "missing")
     assert not (tmp_path / "runs").exists()  # looking makes nothing
-    fake_run(machines, tmp_path / "runs" / "machines" / "quick", NAMES[:4])
+    fake_run(machines, tmp_path / "runs" / "machines" / "quick", NAMES[:5])
     assert states(call("status", "machines", "--json")) == {
         **dict.fromkeys(NAMES, "missing"),
-        **dict.fromkeys(NAMES[:4], "done"),
+        **dict.fromkeys(NAMES[:5], "done"),
     }
     toml = machines / "domain.toml"
     toml.write_text(re.sub(r"learning_rate = .*", "learning_rate = 5e-5", toml.read_text()))

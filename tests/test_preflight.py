@@ -7,7 +7,7 @@ import pytest
 
 from domains.domain import Domain, load_domain
 from domains.errors import ConfigError, DataError, ModelError, TeacherError
-from pipeline.preflight import check_main_job, claim
+from pipeline.preflight import check_main_job, check_owner, note_owner
 from pipeline.progress import Silent
 from pipeline.run_folder import Run
 
@@ -74,9 +74,13 @@ def test_a_copied_domain_does_not_write_into_the_runs_of_the_first(tmp_path: Pat
     shutil.copytree(load_domain("medical").folder, tmp_path / "mine")
     shutil.copytree(tmp_path / "mine", tmp_path / "copy")
     run = Run(tmp_path / "runs" / "medical" / "quick")
-    claim(load_domain(str(tmp_path / "mine")), run)
-    claim(load_domain(str(tmp_path / "mine")), run)
+    first = load_domain(str(tmp_path / "mine"))
+    check_owner(first, run)
+    assert not run.folder.parent.exists()  # checking writes nothing
+    run.folder.mkdir(parents=True)
+    note_owner(first, run)
+    check_owner(first, run)
     with pytest.raises(ConfigError, match="has the same name 'medical'"):
-        claim(load_domain(str(tmp_path / "copy")), run)
+        check_owner(load_domain(str(tmp_path / "copy")), run)
     (tmp_path / "mine").rename(tmp_path / "moved")  # the first is gone: it was moved, and its runs go along
-    claim(load_domain(str(tmp_path / "moved")), run)
+    check_owner(load_domain(str(tmp_path / "moved")), run)
