@@ -254,7 +254,7 @@ class CalibrateSection(Record):
     """
 
     enabled: bool = True
-    questions: Annotated[int, Field(ge=0)] = 72
+    questions: Annotated[int, Field(ge=0)] = 60
     folds: Annotated[int, Field(ge=2)] = 5
     seed: int = 0
 

@@ -1,7 +1,7 @@
 """Development questions: what the student is asked before it is known how sure it may be.
 
 Each answerable question is asked twice: with the passages that retrieval finds, and with those of its gold
-documents removed from the list, so that there is nothing right to say. The domain's own unanswerable seed
+documents left out, so that there is nothing right to say. The domain's own unanswerable seed
 questions are asked as they are. Questions that training did not use come first: a student is surer of what it
 has learnt by heart than of anything that users ask.
 """
@@ -9,9 +9,9 @@ has learnt by heart than of anything that users ask.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from domains.config import OnUnsupported
 from domains.errors import ContextOverflow
@@ -19,14 +19,20 @@ from domains.records import Answer, Hit, Question, Record
 from pipeline.progress import Progress
 from pipeline.right import is_given, is_right_and_supported
 from rag.prompt import render_question
-from serve.assistant import Asked, Assistant, Retrieves
+from serve.assistant import Asked, Assistant
 from serve.engine import Engine
 from serve.reflection import Reflector
 
 PARALLEL = 8
 CHUNK = 2 * PARALLEL
-DEPTH = 50  # passages retrieved, so that enough are left where the gold documents' are removed
 Part = Literal["answerable", "gold_removed", "unanswerable"]
+
+
+class RetrievesWithout(Protocol):
+    """A retriever that can leave documents out, such as `rag.retrieve.Retriever`."""
+
+    def retrieve(self, query: str, *, top_k: int, without: Set[str] = frozenset()) -> list[Hit]:
+        """The ``top_k`` best passages as if the documents ``without`` were not in the index."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def seed_questions(questions: Sequence[Question]) -> list[Question]:
 def draw_items(
     questions: Sequence[Question],
     seen: set[str],
-    retriever: Retrieves,
+    retriever: RetrievesWithout,
     *,
     count: int,
     top_k: int,
@@ -86,19 +92,18 @@ def draw_items(
     for question in order:
         if count and len(items) >= count:
             break
-        items += _items_of(question, retriever.retrieve(question.question, top_k=max(DEPTH, top_k)), top_k)
+        items += _items_of(question, retriever, top_k)
     return items[: count or None]
 
 
-def _items_of(question: Question, hits: Sequence[Hit], top_k: int) -> list[Item]:
+def _items_of(question: Question, retriever: RetrievesWithout, top_k: int) -> list[Item]:
+    """The gold documents are left out before ranking: a first passage of rank 4 would give the gap away."""
+    hits = retriever.retrieve(question.question, top_k=top_k)
     if question.kind == "unanswerable":
-        return [Item(question, list(hits[:top_k]), "unanswerable")]
+        return [Item(question, hits, "unanswerable")]
     gold = {question.about, *(quote.doc_id for quote in question.gold)}
-    others = [hit for hit in hits if hit.passage.doc_id not in gold]
-    return [
-        Item(question, list(hits[:top_k]), "answerable"),
-        Item(question, others[:top_k], "gold_removed"),
-    ]
+    others = retriever.retrieve(question.question, top_k=top_k, without=gold)
+    return [Item(question, hits, "answerable"), Item(question, others, "gold_removed")]
 
 
 def _draw_order(text: str) -> str:

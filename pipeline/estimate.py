@@ -24,7 +24,7 @@ MEASURED = {
     "rerank": 0.3,
     "train": 1.1,
     "export": 47.0,
-    "calibrate": 0.7,
+    "calibrate": 0.9,
     "exam": 0.7,
 }
 # Fewer units than these say little about the speed: a stage's start-up would count.
@@ -35,7 +35,7 @@ ENOUGH = {
     "rerank": 50,
     "train": 50,
     "export": 1,
-    "calibrate": 60,
+    "calibrate": 50,
     "exam": 100,
 }
 # Billions of parameters, for sizes; an unknown base counts as 1.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Self
 
@@ -101,17 +101,20 @@ class Retriever:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def retrieve(self, query: str, *, top_k: int) -> list[Hit]:
+    def retrieve(self, query: str, *, top_k: int, without: Set[str] = frozenset()) -> list[Hit]:
         """The ``top_k`` best passages, best first, ties broken by passage id; none for an empty query.
 
         Scores are fused ranks, or the reranker's where there is one, comparable within one call only.
+        Ranks and scores are as if the documents ``without`` were not in the index.
         """
-        return self.retrieve_many([query], top_k=top_k)[0]
+        return self.retrieve_many([query], top_k=top_k, without=without)[0]
 
-    def retrieve_many(self, queries: Sequence[str], *, top_k: int) -> list[list[Hit]]:
+    def retrieve_many(
+        self, queries: Sequence[str], *, top_k: int, without: Set[str] = frozenset()
+    ) -> list[list[Hit]]:
         """`retrieve` for each query; the queries are embedded together."""
         hits: list[list[Hit]] = [[] for _ in queries]
-        for i, fused in self.candidates(queries, depth=top_k).items():
+        for i, fused in self.candidates(queries, depth=top_k, without=without).items():
             if self._reranker is not None:
                 pool = fused[: max(self._rerank_candidates, top_k)]
                 fused = self._reranker.reorder(queries[i], pool)
@@ -126,10 +129,13 @@ class Retriever:
             ]
         return hits
 
-    def candidates(self, queries: Sequence[str], *, depth: int) -> dict[int, list[Fused]]:
+    def candidates(
+        self, queries: Sequence[str], *, depth: int, without: Set[str] = frozenset()
+    ) -> dict[int, list[Fused]]:
         """The fused lists of the queries that are not empty, by position, before any reranking.
 
-        Each of the two lists is at least ``depth`` long, where the index has as many.
+        Each of the two lists is at least ``depth`` long, where the index has as many; passages of the
+        documents ``without`` are then taken out.
         """
         asked = [i for i, query in enumerate(queries) if query.strip()]
         length = max(self._candidates, self._rerank_candidates, depth)
@@ -137,10 +143,17 @@ class Retriever:
         if asked and "dense" in self._weights:
             vectors = self.index.embedder.embed([queries[i] for i in asked])
             dense = dict(zip(asked, self.index.score_dense(vectors, top_k=length), strict=True))
-        found = {}
+        fused = {}
         for i in asked:
             rankings: dict[str, Mapping[str, float]] = {"dense": dense[i]} if i in dense else {}
             if "lexical" in self._weights:
                 rankings["lexical"] = self.index.score_lexical(queries[i], top_k=length)
-            found[i] = fuse(rankings, weights=self._weights, k=self._rrf_k)
-        return found
+            if without:
+                rankings = {name: self._without(found, without) for name, found in rankings.items()}
+            fused[i] = fuse(rankings, weights=self._weights, k=self._rrf_k)
+        return fused
+
+    def _without(self, scored: Mapping[str, float], documents: Set[str]) -> dict[str, float]:
+        return {
+            name: score for name, score in scored.items() if self.index.by_id[name].doc_id not in documents
+        }

@@ -11,7 +11,7 @@ from exam_example import ABSTAIN, CLUBS, ActorEngine, Shelf, passages, questions
 
 from domains.domain import load_domain
 from domains.jsonl import read_jsonl, write_jsonl
-from domains.records import Answer, Example, Message, Question
+from domains.records import Answer, Example, Hit, Message, Question
 from pipeline import calibrate as stage
 from pipeline.development import Row, ask_items, draw_items, judge_items, seed_questions
 from pipeline.fit import MIN_OUTCOMES, calibrate
@@ -22,6 +22,14 @@ from serve.confidence import read_calibration
 from serve.signals import LIKELIHOOD, SIGNALS
 
 
+class Shelves(Shelf):
+    """A shelf from which books can be taken away."""
+
+    def retrieve(self, query: str, *, top_k: int, without: frozenset[str] = frozenset()) -> list[Hit]:
+        left = [each for each in self.shelf if each.doc_id not in without]
+        return Shelf(left).retrieve(query, top_k=top_k)
+
+
 def seeds() -> list[Question]:
     return [question.model_copy(update={"split": "seed"}) for question in questions()]
 
@@ -29,7 +37,7 @@ def seeds() -> list[Question]:
 def develop(tmp_path: Path, *, count: int = 0, skill: int = 90, seen: set[str] | None = None) -> list[Row]:
     gguf = tmp_path / "student.gguf"
     gguf.write_text(str(skill), encoding="utf-8")
-    items = draw_items(seeds(), seen or set(), Shelf(passages()), count=count, top_k=3, seed=0)
+    items = draw_items(seeds(), seen or set(), Shelves(passages()), count=count, top_k=3, seed=0)
     answers = ask_items(
         items,
         ActorEngine(gguf),  # type: ignore[arg-type]
@@ -45,7 +53,7 @@ def develop(tmp_path: Path, *, count: int = 0, skill: int = 90, seen: set[str] |
 
 
 def test_answerable_questions_are_asked_again_without_their_gold_documents(tmp_path: Path) -> None:
-    items = draw_items(seeds(), set(), Shelf(passages()), count=0, top_k=3, seed=0)
+    items = draw_items(seeds(), set(), Shelves(passages()), count=0, top_k=3, seed=0)
     parts = [item.part for item in items]
     assert (parts.count("answerable"), parts.count("gold_removed"), parts.count("unanswerable")) == (
         36,
@@ -63,12 +71,12 @@ def test_only_seed_questions_are_asked_and_those_of_the_training_last() -> None:
     assert {question.split for question in seed_questions(mixed)} == {"seed"}
     assert len(seed_questions(mixed)) == len(mixed) - 20
     seen = {question.id for question in seeds() if question.about in CLUBS[:6]}
-    items = draw_items(seeds(), seen, Shelf(passages()), count=50, top_k=3, seed=0)
+    items = draw_items(seeds(), seen, Shelves(passages()), count=50, top_k=3, seed=0)
     trained = [item.question.id in seen for item in items]
     assert len(items) == 50
     assert trained == sorted(trained)
     assert sum(trained) == 50 - 42
-    again = draw_items(list(reversed(seeds())), seen, Shelf(passages()), count=50, top_k=3, seed=0)
+    again = draw_items(list(reversed(seeds())), seen, Shelves(passages()), count=50, top_k=3, seed=0)
     assert [item.question.id for item in again] == [item.question.id for item in items]
 
 

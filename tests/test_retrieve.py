@@ -116,3 +116,14 @@ def test_threads_may_share_a_retriever(index: Index) -> None:
     expected = [shared.retrieve(query, top_k=3) for query in queries]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda query: shared.retrieve(query, top_k=3), queries)) == expected
+
+
+def test_documents_are_left_out_as_if_they_were_not_in_the_index(index: Index) -> None:
+    whole = retriever(index).retrieve("urate crystals", top_k=3)
+    assert whole[0].passage.doc_id == "gout"
+    assert set(whole[0].scores) == {"dense", "lexical"}
+    rest = retriever(index).retrieve("urate crystals", top_k=3, without={"gout"})
+    assert len(rest) == 3
+    assert "gout" not in {hit.passage.doc_id for hit in rest}
+    assert rest[0].ranks["dense"] == 1
+    assert rest[0].scores["dense"] < whole[0].scores["dense"]
