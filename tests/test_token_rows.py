@@ -15,7 +15,7 @@ from tiny_llama import make_tiny_llama
 from domains.config import DomainConfig
 from domains.domain import Domain
 from domains.jsonl import write_jsonl
-from domains.records import Example, Message, Passage, Segment
+from domains.records import Example, Message, Passage, Question, Quote, Segment
 from pipeline import train
 from pipeline.augment import to_example
 from pipeline.gguf_writer import write_llama_gguf
@@ -23,7 +23,7 @@ from pipeline.merge import merge_adapter
 from pipeline.packing import IGNORED, Pack, encode_examples
 from pipeline.parity import check_parity, replay_logits, torch_network
 from pipeline.progress import Silent
-from pipeline.replays import make_replay
+from pipeline.replays import exam_turns, make_replay
 from pipeline.run_folder import Run
 from pipeline.student import Base, load_base, load_trained
 from pipeline.token_rows import add_reflection_tokens
@@ -287,3 +287,44 @@ def test_a_copied_vocabulary_gets_the_tokens_appended(place: Path, tmp_path: Pat
         text = f"the dose{TOKENS[0]} is{TOKENS[-2]}two{TOKENS[-1]}"
         expected = base.tokenizer(text, add_special_tokens=False)["input_ids"]
         assert engine.tokenize(text, begin=False) == expected
+
+
+def test_the_gates_prompts_are_those_of_the_backend() -> None:
+    held = passage("The dose is 3 at noon.", 1)
+    question = Question(
+        id="q",
+        kind="open",
+        question="What is the dose?",
+        answer="It is 3.",
+        about="d",
+        gold=[Quote(doc_id="d", quote="The dose is 3 at noon.")],
+        split="exam",
+    )
+    nobody = Question(id="u", kind="unanswerable", question="Who?", answer=None, about="d", split="exam")
+
+    def turns(backend: Any) -> dict[str, tuple[str, str]]:
+        found = exam_turns(
+            [question, nobody],
+            lambda _: [held],
+            system="S",
+            abstain="I don't know.",
+            count=2,
+            backend=backend,
+        )
+        return {
+            messages[1].content.rpartition("Question: ")[2]: (messages[1].content, completion)
+            for messages, completion in found
+        }
+
+    asked, reply = turns("tokens")["What is the dose?"]
+    assert "noon" not in asked
+    assert reply == (
+        "[Retrieval]<paragraph>Note 1\nThe dose is 3 at noon.</paragraph>[Relevant]"
+        '"The dose is 3 at noon." [1]\nAnswer: It is 3.[Fully supported][Utility:5]'
+    )
+    assert turns("tokens")["Who?"][1].endswith("[Irrelevant]Answer: I don't know.[Utility:5]")
+    asked, reply = turns("text")["What is the dose?"]
+    assert "noon" in asked
+    assert reply == f"The passage is informative.\n{turns('none')['What is the dose?'][1]}"
+    assert turns("text")["Who?"][1].startswith("The passage is distracting.\n")
+    assert turns("grader") == turns("none")
