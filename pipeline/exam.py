@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+from domains.config import OnUnsupported
 from domains.domain import Domain
 from domains.errors import StageError
 from domains.jsonl import write_text_atomic
@@ -70,6 +71,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
             seen_documents=seen,
             about={**_about(domain), "base": config.student.base},
             progress=progress,
+            unsupported=config.serve.unsupported,
         )
 
 
@@ -110,6 +112,7 @@ def examine(
     seen_documents: Set[str],
     about: dict[str, str],
     progress: Progress,
+    unsupported: OnUnsupported = "withdraw",
 ) -> Report:
     """The exam itself, on models that may be anything ``open_engine`` opens.
 
@@ -127,6 +130,7 @@ def examine(
         seen_documents: ids of the documents that seed questions are about.
         about: the domain as the report names it.
         progress: told what happens.
+        unsupported: ``[serve] unsupported``, for the score as served.
     """
     remembered = Remembered(retriever, depth=max(DEPTH, conditions.depth))
     rows = ask_arms(
@@ -150,6 +154,7 @@ def examine(
         seen_documents=seen_documents,
         about=about,
         sources=Sources.of(run),
+        unsupported=unsupported,
     )
     write_text_atomic(run.bundle / REPORTS[0], json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     write_text_atomic(run.bundle / REPORTS[1], render_report(report))

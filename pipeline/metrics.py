@@ -30,6 +30,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from domains.config import OnUnsupported
 from domains.records import Answer, Citation, Hit, Passage, Question
 from domains.words import find_literal
 from pipeline.reflection_report import mark_reflection
@@ -167,7 +168,13 @@ def mark_retrieval(gold: Sequence[Gold], hits: Sequence[Hit]) -> dict[str, Mark]
 
 
 def mark_answer(
-    question: Question, answer: Answer | None, *, gold: Sequence[Gold], abstain: str, seconds: float
+    question: Question,
+    answer: Answer | None,
+    *,
+    gold: Sequence[Gold],
+    abstain: str,
+    seconds: float,
+    unsupported: OnUnsupported = "withdraw",
 ) -> dict[str, Mark]:
     """All marks of one answer.
 
@@ -177,6 +184,7 @@ def mark_answer(
         gold: its gold quotes by place, see `locate_gold`.
         abstain: the domain's sentence.
         seconds: its share of the wall time.
+        unsupported: ``[serve] unsupported``, for what users would see of it.
     """
     abstained = answer is not None and is_abstention(answer.text, abstain=abstain)
     marks = _mark_content(question, None if answer is None or abstained else answer.text)
@@ -188,23 +196,33 @@ def mark_answer(
     marks["too_long"] = (float(answer is None), 1)
     if answer is not None:
         marks |= _mark_evidence(question, answer, gold)
-        marks |= _mark_withdrawal(question, answer, score=marks["score"][0])
+        marks |= _mark_withdrawal(question, answer, score=marks["score"][0], unsupported=unsupported)
         marks |= mark_reflection(answer.reflection)
         marks["tokens_per_s"] = (answer.completion_tokens, seconds)
         marks["seconds_per_question"] = (seconds, 1)
     return marks
 
 
-def _mark_withdrawal(question: Question, answer: Answer, *, score: float) -> dict[str, Mark]:
-    """What ``[serve] unsupported = "withdraw"`` makes of the answer: withdrawn when no shown passage supports it.
+def _mark_withdrawal(
+    question: Question, answer: Answer, *, score: float, unsupported: OnUnsupported
+) -> dict[str, Mark]:
+    """What ``[serve] unsupported`` leaves of the answer; ``withdrawn`` where that is nothing.
 
-    Only for answers that were shown passages.
+    ``withdraw``: no shown passage supports the answer. ``drop``: none carries any of its sentences; what is left
+    of the others is marked. Only for answers that were shown passages.
     """
     if not answer.passages:
         return {}
-    withdrawn = answer.support == "unsupported"
-    served = float(question.kind == "unanswerable") if withdrawn else score
-    return {"withdrawn": (float(withdrawn), 1), "score_served": (served, 1)}
+    said, left = answer.text, answer.text
+    if answer.support != "abstained" and unsupported == "drop":
+        left = " ".join(statement.text for statement in answer.statements if statement.citations)
+    elif answer.support == "unsupported" and unsupported == "withdraw":
+        left = ""
+    if not left:
+        return {"withdrawn": (1.0, 1), "score_served": (float(question.kind == "unanswerable"), 1)}
+    partly = answer.support != "abstained" and unsupported == "drop" and question.kind != "unanswerable"
+    served = _mark_content(question, left)["score"][0] if partly and left != said else score
+    return {"withdrawn": (0.0, 1), "score_served": (served, 1)}
 
 
 def _mark_content(question: Question, said: str | None) -> dict[str, Mark]:

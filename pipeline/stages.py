@@ -170,7 +170,7 @@ STAGES = (
         summary="five arms on the held-out documents",
         reads=("questions", "index", "served", "reranker", "calibration"),
         writes=("report",),
-        sections=("domain", "student", "retrieve", "exam", "rerank", "reflect"),
+        sections=("domain", "student", "retrieve", "exam", "rerank", "reflect", "serve"),
         prompts=("system",),
         code=(
             "pipeline.exam", "pipeline.arms", "pipeline.metrics", "pipeline.bootstrap", "pipeline.summary",

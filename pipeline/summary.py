@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from domains.config import OnUnsupported
 from domains.records import Answer, Hit, Passage, Question
 from pipeline.arms import Row
 from pipeline.bootstrap import mcnemar, paired_difference, ratio_interval
@@ -88,6 +89,7 @@ def summarise(
     seen_documents: Set[str],
     about: Mapping[str, str],
     sources: Sources,
+    unsupported: OnUnsupported = "withdraw",
 ) -> dict[str, Any]:
     """The report as JSON; numbers are rounded to 4 digits. A metric that no question speaks of is left out.
 
@@ -103,10 +105,11 @@ def summarise(
         seen_documents: ids of the documents that seed questions are about.
         about: the domain: name, title, disclaimer, licence, base.
         sources: what other stages left behind.
+        unsupported: ``[serve] unsupported``, for the score as served.
     """
     located = {question.id: locate_gold(question, passages) for question in questions}
     gold = {name: found for name, (found, _) in located.items()}
-    marks = {arm: _mark_arm(questions, answers, gold, abstain) for arm, answers in rows.items()}
+    marks = {arm: _mark_arm(questions, answers, gold, abstain, unsupported) for arm, answers in rows.items()}
     draw = _Draw(questions, resamples, seed)
     arms = {arm: draw.intervals(values) for arm, values in marks.items()}
     differences = {f"{one}-{other}": draw.differences(marks[one], marks[other]) for one, other in PAIRS}
@@ -151,11 +154,20 @@ def summarise(
 
 
 def _mark_arm(
-    questions: Sequence[Question], rows: Sequence[Row], gold: Mapping[str, Sequence[Gold]], abstain: str
+    questions: Sequence[Question],
+    rows: Sequence[Row],
+    gold: Mapping[str, Sequence[Gold]],
+    abstain: str,
+    unsupported: OnUnsupported,
 ) -> dict[str, dict[str, Mark]]:
     return {
         question.id: mark_answer(
-            question, row.answer, gold=gold[question.id], abstain=abstain, seconds=row.seconds
+            question,
+            row.answer,
+            gold=gold[question.id],
+            abstain=abstain,
+            seconds=row.seconds,
+            unsupported=unsupported,
         )
         for question, row in zip(questions, rows, strict=True)
     }

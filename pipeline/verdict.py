@@ -15,12 +15,13 @@ from typing import Literal
 VerdictCode = Literal["helped", "hurt", "do_not_fine_tune", "no_difference"]
 Numbers = Mapping[str, float]
 
+FEW = 20  # exam questions; an interval from fewer is not worth the ink
 MARGIN = 0.02  # a gain below 2 points is not worth a training run
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """``text`` is two to five sentences for people, ``code`` is for programs."""
+    """``text`` is one to six sentences for people, ``code`` is for programs."""
 
     code: VerdictCode
     text: str
@@ -41,13 +42,20 @@ def give_verdict(
     """
     training = differences["tuned_rag-base_rag"]["score"]
     retrieval = differences["base_rag-base"]["score"]
-    code = _code(training, retrieval)
+    code = _code(training, retrieval) if n_questions >= FEW else "no_difference"
+    if n_questions < FEW:
+        return Verdict(
+            code,
+            f"{_questions(n_questions)} cannot tell whether training helped "
+            f"({points(training['mean'])} points): write at least {FEW} exam questions.",
+        )
     sentences = [
         _training(code, training, n_questions),
         _answerable(code, differences["tuned_rag-base_rag"].get("score_answerable")),
         _retrieval(retrieval),
         _export(differences["exported_rag-tuned_rag"]["score"]),
         _abstention(arms.get("exported_rag", {}), arms.get("base_rag", {})),
+        _served(arms, differences["tuned_rag-base_rag"].get("score_served")),
     ]
     return Verdict(code, " ".join(sentence for sentence in sentences if sentence))
 
@@ -140,6 +148,18 @@ def _abstention(served: Mapping[str, Numbers], base: Mapping[str, Numbers]) -> s
     return said
 
 
+def _served(arms: Mapping[str, Mapping[str, Numbers]], difference: Numbers | None) -> str:
+    """What users see of it: answers without support never reach them."""
+    withdrawn = arms.get("exported_rag", {}).get("withdrawn")
+    if withdrawn is None or difference is None:
+        return ""
+    return (
+        f"As served, {_share(withdrawn)} of its answers are replaced by that sentence, because no passage carries "
+        f"them{_versus(arms.get('base_rag', {}), 'withdrawn')}; counting that, training makes a difference of "
+        f"{points(difference['mean'])} points (95 % interval {_span(difference)})."
+    )
+
+
 def _versus(base: Mapping[str, Numbers], metric: str) -> str:
     return f" (untrained: {_share(base[metric])})" if metric in base else ""
 
@@ -161,6 +181,8 @@ def points(value: float, *, sign: bool = True) -> str:
     """A share in points: whole ones from 1 on, one decimal below; ``−`` is a minus sign, 0 has none."""
     scaled = 100 * value
     text = f"{abs(scaled):.0f}" if abs(scaled) >= 0.95 else f"{abs(scaled):.1f}"
+    if text == "0.0" and abs(scaled) >= 0.001:
+        text = f"{abs(scaled):.1g}"  # an interval that leaves out 0 never reads "0 to 29"
     if text == "0.0":
         return "0"
     return ("−" if scaled < 0 else "+" if sign else "") + text

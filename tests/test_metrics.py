@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domains.records import Answer, Citation, Hit, Passage, Question, Quote
+from domains.records import Answer, Citation, Hit, Passage, Question, Quote, Statement
 from pipeline.metrics import (
     contains,
     covers,
@@ -334,3 +334,28 @@ def test_quotes_of_the_model_are_checked_against_all_passages_even_when_it_absta
     raw = f'"{FIRST}" [1]\n"Kettles love lemon juice." [2]\nAnswer: {ABSTAIN}'
     marks = _marks(_question(), _answer(ABSTAIN, raw=raw, passages=PASSAGES))
     assert marks["quote_validity"] == (1, 2)
+
+
+def test_the_score_as_served_is_that_of_what_is_left():
+    question = _question()
+    carried = _citation("The filter is changed every 40 days.")
+    answer = _answer("It is changed every 40 days. Cats purr.", citations=[carried], passages=PASSAGES)
+    answer = answer.model_copy(
+        update={
+            "statements": [
+                Statement(text="It is changed every 40 days.", citations=[0]),
+                Statement(text="Cats purr."),
+            ]
+        }
+    )
+
+    def marks(answer, unsupported):
+        return mark_answer(question, answer, gold=[], abstain=ABSTAIN, seconds=1, unsupported=unsupported)
+
+    dropped, kept = marks(answer, "drop"), marks(answer, "keep")
+    assert dropped["score_served"][0] > kept["score_served"][0] == kept["score"][0]
+    assert dropped["withdrawn"] == (0, 1)
+    bare = answer.model_copy(update={"statements": [Statement(text="Cats purr.")]})
+    assert marks(bare, "drop")["withdrawn"] == (1, 1)
+    assert marks(bare, "drop")["score_served"] == (0, 1)
+    assert marks(bare, "withdraw")["withdrawn"] == (0, 1)  # the whole answer has a citation

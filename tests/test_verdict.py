@@ -111,7 +111,41 @@ def test_a_student_that_abstains_from_most_is_called_so():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.114, "+11"), (-0.114, "−11"), (0.004, "+0.4"), (-0.0004, "0"), (0, "0"), (0.0096, "+1"), (1, "+100")],
+    [
+        (0.114, "+11"),
+        (-0.114, "−11"),
+        (0.004, "+0.4"),
+        (-0.0004, "−0.04"),
+        (0.000001, "0"),
+        (0, "0"),
+        (0.0096, "+1"),
+        (1, "+100"),
+    ],
 )
 def test_points(value, text):
     assert points(value) == text
+
+
+def test_what_users_are_served_is_part_of_the_verdict():
+    differences = {
+        name: {"score": _numbers(NOTHING)}
+        for name in ("tuned_rag-base_rag", "base_rag-base", "exported_rag-tuned_rag")
+    }
+    differences["tuned_rag-base_rag"]["score_served"] = _numbers((0.02, -0.04, 0.08))
+    arms = {
+        "exported_rag": {"withdrawn": _numbers((0.7, 0.6, 0.8))},
+        "base_rag": {"withdrawn": _numbers((0.8, 0.7, 0.9))},
+    }
+    text = give_verdict(differences=differences, arms=arms, n_questions=60).text
+    assert "As served, 70 % of its answers are replaced by that sentence" in text
+    assert "(untrained: 80 %)" in text
+    assert "+2 points (95 % interval −4 to 8)" in text
+
+
+def test_a_handful_of_questions_gives_no_verdict():
+    verdict = _verdict(BIG, n=2)
+    assert verdict.code == "no_difference"
+    assert (
+        verdict.text
+        == "2 questions cannot tell whether training helped (+25 points): write at least 20 exam questions."
+    )
