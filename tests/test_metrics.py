@@ -338,7 +338,7 @@ def test_quotes_of_the_model_are_checked_against_all_passages_even_when_it_absta
 
 def test_the_score_as_served_is_that_of_what_is_left():
     question = _question()
-    carried = _citation("The filter is changed every 40 days.")
+    carried = _citation(PASSAGES[0], FIRST)
     answer = _answer("It is changed every 40 days. Cats purr.", citations=[carried], passages=PASSAGES)
     answer = answer.model_copy(
         update={
