@@ -18,33 +18,37 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 # The packages are found beside this folder, installed or not.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from domains.config import RerankSection
+from domains.config import ReflectSection, RerankSection
 from domains.domain import Domain, load_domain
+from domains.records import Answer, Example, Question
 from pipeline import ablation
 from pipeline.arms import PARALLEL, Conditions
 from pipeline.base_gguf import base_gguf
 from pipeline.exam import draw_questions, exam_questions
 from pipeline.job import run_job
 from pipeline.progress import Progress
+from pipeline.reflection_report import support_pairs
 from pipeline.retrieval_bench import measure_case
 from pipeline.retrieval_cases import Case, corpus_case, medquad_case
 from pipeline.run_folder import Run, open_run
+from pipeline.selective_report import describe_selective
 from pipeline.train import settings_of
 from rag.retrieve import open_retriever
 from serve.engine import Engine
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("retrieval", "students")
+BACKENDS = ("text", "tokens")
 RESAMPLES = 2000
-QUICK_ROWS = 600  # of MedQuAD, to learn the reranker from
-QUICK = {"questions": 70, "exam": 30, "epochs": 1}
+QUICK_ROWS = 400  # of MedQuAD, to learn the reranker from
+QUICK = {"questions": 50, "exam": 24, "epochs": 1}
 
 
 class Lines(Progress):
@@ -164,7 +168,7 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
             top_k=top_k,
             question_share=options.question_share,
         )
-        students = {}
+        students: dict[str, Path] = {}
         for kind in ablation.RECIPES:
             rows = ablation.rows_of(run) if kind == "quotes" else recipes.rows(kind, taught)
             progress.say(f"student {kind!r}: {len(rows)} rows")
@@ -177,6 +181,19 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
                 settings=settings_of(domain),
                 title=f"{domain.name} {kind}",
             )
+        for backend in BACKENDS:
+            rows = reflected_rows(domain, work, backend, progress)
+            progress.say(f"student {backend!r}: {len(rows)} rows")
+            students[backend] = ablation.train_recipe(
+                rows,
+                work / "students" / backend,
+                progress,
+                base=config.student.base,
+                context=config.student.context,
+                settings=settings_of(domain),
+                title=f"{domain.name} {backend}",
+                reflection_tokens=backend == "tokens",
+            )
         oracle = ablation.Oracle(questions, index.passages, hybrid)
         arms = {
             "base_rag": ablation.Asking(base_gguf(config.student.base), hybrid),
@@ -187,8 +204,13 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
             "kard_oracle": ablation.Asking(students["kard"], oracle),
             "quotes": ablation.Asking(students["quotes"], hybrid),
             "quotes_reranked": ablation.Asking(students["quotes"], reranked),
+            "grader": ablation.Asking(students["quotes"], hybrid, reflect=reflecting(domain, "grader")),
+            **{
+                name: ablation.Asking(students[name], hybrid, reflect=reflecting(domain, name))
+                for name in BACKENDS
+            },
         }
-        marks = ablation.ask(
+        marks, answers = ablation.ask(
             arms,
             questions,
             index.passages,
@@ -201,7 +223,51 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
         marks, questions, against="base_rag", resamples=RESAMPLES, seed=config.exam.seed
     )
     facts = {"rationales": len(taught), "questions": len(questions), "top_k": top_k, "keep": options.keep}
-    return {"students": summary, "students_facts": facts}
+    return {
+        "students": summary,
+        "students_facts": facts,
+        "retrieval_rate": summary["tokens"].get("retrieval_rate"),
+        "support_precision": support_precision(answers["tokens"]),
+        **abstention(questions, answers["quotes"]),
+    }
+
+
+def reflecting(domain: Domain, backend: str) -> ReflectSection:
+    """The domain's ``[reflect]`` with another back-end; the grader is that of rules, which costs no model."""
+    return domain.config.reflect.model_copy(update={"backend": backend})
+
+
+def reflected_rows(domain: Domain, work: Path, backend: str, progress: Progress) -> list[Example]:
+    """Training rows of a back-end, curated from the same rationales in a run of their own."""
+    config = domain.config.model_copy(update={"reflect": reflecting(domain, backend)})
+    other = Domain(domain.folder, config, domain.prompts)
+    run = open_run(work / "runs", domain.name, backend)
+    run_job(other, run, progress, stages=("index", "elicit", "curate"))
+    return ablation.rows_of(run)
+
+
+def support_precision(answers: Sequence[Answer | None]) -> float | None:
+    """Of the answers that the student calls supported (at least half sure), the share that a passage carries."""
+    pairs = support_pairs([answer for answer in answers if answer is not None])
+    carried = [found for support, found in pairs if support >= 0.5]
+    return round(sum(carried) / len(carried), 4) if carried else None
+
+
+def abstention(questions: Sequence[Question], answers: Sequence[Answer | None]) -> dict[str, Any]:
+    """Area under the risk-coverage curve of the answers given, ranked by the model's own likelihood."""
+    found = describe_selective(
+        questions,
+        {"quotes": answers},
+        None,
+        clusters=[q.about for q in questions],
+        resamples=RESAMPLES,
+        seed=0,
+    )
+    if found is None:
+        return {"abstention_aurc": None}
+    arm = found["arms"]["quotes"]
+    facts = {name: arm[name] for name in ("answers", "right", "aurc", "random", "oracle", "wrong_at")}
+    return {"abstention_aurc": round(arm["aurc"]["mean"], 4), "abstention": facts}
 
 
 def prepared(options: argparse.Namespace, work: Path, progress: Progress) -> tuple[Domain, Run]:

@@ -9,6 +9,8 @@ assistant that serves:
     kard_reranked    the same student, passages ordered by the reranker
     kard_oracle      the same student, with the passages that hold the gold quotes
     quotes           the rows that the product trains on                 asked with hybrid retrieval
+    text, tokens     the same rationales as SAIL's and Self-RAG's rows, judged while answering
+    grader           the student of ``quotes`` with the rules that judge passages
     base_rag         no training                                         asked with hybrid retrieval
 
 The paper's student reads one passage and retrieves training passages with the rationale alone; ``top_k`` and
@@ -20,12 +22,13 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from domains.config import ReflectSection
 from domains.jsonl import read_jsonl
-from domains.records import Example, Hit, Passage, Question, Rationale
+from domains.records import Answer, Example, Hit, Passage, Question, Rationale
 from domains.words import squash
 from pipeline.arms import DEPTH, Arm, Conditions, Remembered, ask_arms
 from pipeline.bootstrap import paired_difference, ratio_interval
@@ -44,7 +47,8 @@ from serve.engine import Engine
 Kind = Literal["answers", "rationales", "kard", "quotes"]
 RECIPES: tuple[Kind, ...] = ("answers", "rationales", "kard", "quotes")
 METRICS = ("score", "option_accuracy", "yes_no_accuracy", "token_f1", "abstention_recall", "false_abstention",
-           "citation_precision", "citation_recall", "tokens_per_s")  # fmt: skip
+           "citation_precision", "citation_recall", "alce_recall", "alce_precision", "retrieval_rate", "group_missing",
+           "judgement_unparsed", "tokens_per_s", "seconds_per_question")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,7 @@ def train_recipe(
     context: int,
     settings: Settings,
     title: str,
+    reflection_tokens: bool = False,
 ) -> Path:
     """Train a student on ``rows`` and write it in F16; returns the GGUF file, made before or now."""
     from pipeline.merge import merge_adapter
@@ -168,7 +173,8 @@ def train_recipe(
         return path
     folder.mkdir(parents=True, exist_ok=True)
     train_student(
-        rows, folder / "train", progress, base=base, context=context, max_rows=0, checkpoint_steps=50, settings=settings
+        rows, folder / "train", progress, base=base, context=context, max_rows=0, checkpoint_steps=50,
+        settings=settings, reflection_tokens=reflection_tokens,
     )  # fmt: skip
     model, loaded = load_trained(folder / "train", base=base)
     write_f16(path, merge_adapter(model), loaded, title=title)
@@ -179,11 +185,12 @@ def train_recipe(
 
 @dataclass(frozen=True)
 class Asking:
-    """An arm: a model file, what finds its passages, and whether it is shown them."""
+    """An arm: a model file, what finds its passages, whether it is shown them, and how it reflects (None: not)."""
 
     model: Path
     retriever: Retrieves
     with_passages: bool = True
+    reflect: ReflectSection | None = None
 
 
 def ask(
@@ -195,8 +202,8 @@ def ask(
     progress: Progress,
     *,
     open_engine: Callable[[Path], Engine],
-) -> dict[str, dict[str, dict[str, Mark]]]:
-    """Marks by arm, question and metric.
+) -> tuple[dict[str, dict[str, dict[str, Mark]]], dict[str, list[Answer | None]]]:
+    """Marks by arm, question and metric; and the answers by arm, None where a prompt was too long.
 
     Args:
         arms: by name.
@@ -209,9 +216,12 @@ def ask(
     """
     gold = {question.id: locate_gold(question, passages)[0] for question in questions}
     marks: dict[str, dict[str, dict[str, Mark]]] = {}
+    answers: dict[str, list[Answer | None]] = {}
     for name, asking in arms.items():
-        remembered = Remembered(asking.retriever, depth=max(DEPTH, conditions.top_k))
-        arm = Arm(name, asking.model, with_passages=asking.with_passages)
+        reflects = asking.reflect is not None
+        each = replace(conditions, reflect=asking.reflect) if asking.reflect is not None else conditions
+        remembered = Remembered(asking.retriever, depth=max(DEPTH, each.depth))
+        arm = Arm(name, asking.model, with_passages=asking.with_passages, reflects=reflects)
         rows = ask_arms(
             [arm],
             questions,
@@ -227,7 +237,8 @@ def ask(
             )
             for question, row in zip(questions, rows, strict=True)
         }
-    return marks
+        answers[name] = [row.answer for row in rows]
+    return marks, answers
 
 
 def summarise_marks(
