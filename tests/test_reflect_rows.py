@@ -192,7 +192,8 @@ def test_the_stage_writes_what_the_backend_needs(made: tuple[Path, Path], backen
     curate.run(load_domain(str(folder)), run, Silent())
     ordinary = run.examples.read_bytes()
     try:
-        config.write_text(f'{before}\n[reflect]\nbackend = "{backend}"\n', encoding="utf-8")
+        assert 'backend = "none"' in before
+        config.write_text(before.replace('backend = "none"', f'backend = "{backend}"'), encoding="utf-8")
         report = curate.run(load_domain(str(folder)), run, Silent())
     finally:
         config.write_text(before, encoding="utf-8")
