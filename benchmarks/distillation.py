@@ -95,6 +95,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--domain", default="medical", help="name or folder (default: medical)")
+    parser.add_argument(
+        "--profile", default="", help="of the domain: sizes (default: full, with --quick quick)"
+    )
     parser.add_argument("--data", type=Path, default=found_data(), help="folder with public sets")
     parser.add_argument("--split", default="dev", choices=("dev", "hidden"), help="which half of the sets")
     parser.add_argument("--work", help="keep runs here: a second call goes on where the first stopped")
@@ -103,7 +106,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--question-share", type=float, default=0.4, help="KARD rows retrieved by the question"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.profile = options.profile or ("quick" if options.quick else "full")
+    return options
 
 
 def found_data() -> Path | None:
@@ -272,7 +277,7 @@ def abstention(questions: Sequence[Question], answers: Sequence[Answer | None]) 
 
 def prepared(options: argparse.Namespace, work: Path, progress: Progress) -> tuple[Domain, Run]:
     """The domain with the benchmark's sizes, and a run with index, rationales, rows and reranker."""
-    domain = load_domain(options.domain, profile=None if not options.quick else "quick")
+    domain = load_domain(options.domain, profile=options.profile)
     config = domain.config
     changes: dict[str, dict[str, Any]] = {
         "curate": {"keep_per_question": options.keep, "rationale_in_target": options.keep > 1},

@@ -226,7 +226,7 @@ def ask(
             [arm],
             questions,
             remembered,
-            conditions,
+            each,
             folder=folder,
             open_engine=open_engine,
             progress=progress,

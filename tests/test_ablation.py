@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from domains.config import ReflectSection
 from domains.jsonl import write_jsonl
 from domains.records import Example, Hit, Message, Passage, Question, Quote, Rationale
-from pipeline.ablation import Oracle, Recipes, Taught, kept_rationales, summarise_marks
+from pipeline import ablation
+from pipeline.ablation import Asking, Oracle, Recipes, Taught, kept_rationales, summarise_marks
+from pipeline.arms import Arm, Conditions, Row
+from pipeline.progress import Silent
 from pipeline.run_folder import Run
 
 TEXTS = {"cat": "The cat eats fish.", "dog": "The dog eats bones.", "cow": "The cow eats grass."}
@@ -99,6 +104,33 @@ def test_only_rationales_behind_training_rows_are_taught(tmp_path: Path) -> None
     write_jsonl(run.rationales, [rationale("cat", 0), rationale("cat", 1), rationale("dog")])
     kept = kept_rationales(run, [question("cat"), question("dog")])
     assert [item.rationale.request for item in kept] == ["cat1"]
+
+
+def test_an_arm_that_reflects_is_asked_with_its_own_back_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, tuple[str, bool]] = {}
+
+    def asked(arms: list[Arm], questions: list[Question], *rest: Any, **_: Any) -> dict[str, list[Row]]:
+        seen[arms[0].name] = (rest[1].reflect.backend, arms[0].reflects)
+        return {arms[0].name: [Row(key="k", question_id=q.id, seconds=0, answer=None) for q in questions]}
+
+    monkeypatch.setattr(ablation, "ask_arms", asked)
+    marks, answers = ablation.ask(
+        {
+            "plain": Asking(tmp_path, _Fixed()),
+            "judged": Asking(tmp_path, _Fixed(), reflect=ReflectSection(backend="text")),
+        },
+        [question("cat")],
+        [passage("cat")],
+        tmp_path,
+        Conditions(system="s", abstain="?", top_k=1, max_tokens=8, context=256),
+        Silent(),
+        open_engine=lambda _: pytest.fail("nothing is opened here"),
+    )
+    assert seen == {"plain": ("none", False), "judged": ("text", True)}
+    assert answers["judged"] == [None]
+    assert marks["plain"]["cat"]["score"] == (0, 1)
 
 
 def test_differences_are_paired_and_taken_to_the_named_arm() -> None:
