@@ -7,13 +7,15 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from domains.errors import ConfigError
 from domains.records import Record
+from domains.routes import Grid, Method, complete_export, complete_train, contradictions
 from domains.steps import STEPS, JudgeOptions, LabelStep, Step
 
-GgufType = Literal["F16", "Q8_0", "Q4_0", "Q4_K_M"]
+GgufType = Literal["F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K_M"]
+KvCache = Literal["f16", "q8_0", "q4_0"]
 Share = Annotated[float, Field(ge=0, le=1)]
 OnUnsupported = Literal["withdraw", "drop", "mark", "keep"]
 Count = Annotated[int, Field(ge=1)]
@@ -134,6 +136,8 @@ class ReflectSection(Record):
     segment score. ``distracting``: what is said when every passage is judged beside the point. ``judge`` is the
     grader's: word overlap (``rules``), an OpenAI-compatible endpoint, or a second GGUF; ``rewrites`` is how often it
     may look again with other words when no passage is relevant.
+    ``fit``: the calibrate stage fits ``threshold`` and weights of the ``tokens`` back-end to seed questions; what it
+    finds stands in for the values here.
     """
 
     backend: Literal["none", "text", "tokens", "grader"] = "none"
@@ -149,6 +153,7 @@ class ReflectSection(Record):
     support_weight: Annotated[float, Field(ge=0)] = 1.0
     utility_weight: Annotated[float, Field(ge=0)] = 0.5
     sequence_weight: Annotated[float, Field(ge=0)] = 0.0
+    fit: bool = True
     form: Literal["short", "long"] = "short"
     beam: Count = 2
     depth: Count = 6
@@ -203,9 +208,20 @@ class StudentSection(Record):
 
 
 class TrainSection(Record):
-    """QLoRA (arXiv 2305.14314): NF4 base, LoRA on all linear layers, loss on completions only."""
+    """How the student learns: an adapter on all linear layers of the blocks, loss on completions only.
 
-    method: Literal["qlora"] = "qlora"
+    ``method``: ``qlora`` (arXiv 2305.14314), beside NF4 weights; merged and rounded for serving, a gap that is
+    measured. The others train the numbers that the served file holds, in blocks of 32 on the ``grid``:
+    ``qalora`` (arXiv 2309.14717) moves each block's minimum (Q4_1) or scale (Q4_0); ``qat`` rounds base plus adapter
+    anew in every step; ``grid-lora`` leaves the rounded base alone, and the adapter is served beside it.
+    Where ``grid`` or ``learning_rate`` is left out, the method's own counts: Q4_1 and 3e-3 for qalora, Q4_0 and
+    1e-3 for qat, Q8_0 and 1e-3 for grid-lora.
+    ``objective``: cross-entropy, or also ``kl_weight`` times the divergence from a teacher at ``kl_temperature``:
+    the ``base`` before rounding, or a model with the same vocabulary.
+    """
+
+    method: Method = "qlora"
+    grid: Grid | None = None
     rank: Count = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -218,10 +234,23 @@ class TrainSection(Record):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     checkpoint_steps: Count = 10
     seed: int = 0
+    objective: Literal["ce", "ce+kl"] = "ce"
+    kl_weight: Annotated[float, Field(gt=0)] = 1.0
+    kl_temperature: Annotated[float, Field(gt=0)] = 1.0
+    kl_teacher: str = "base"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        return complete_train(values) if isinstance(values, dict) else values
 
 
 class ExportSection(Record):
-    """Formats written by llama.cpp's quantizer; ``serve`` is the one that the bundle opens with."""
+    """Formats of the student; ``serve`` is the one that the bundle opens with.
+
+    With a ``grid`` in ``[train]``, ``serve`` and ``formats`` are that grid where they are left out, and ``serve`` can be
+    no other: the file holds the blocks that were trained. Every other format is made by llama.cpp's quantizer.
+    """
 
     formats: list[GgufType] = ["Q8_0", "Q4_0", "Q4_K_M"]
     serve: GgufType = "Q8_0"
@@ -294,6 +323,17 @@ class DomainConfig(Record):
     calibrate: CalibrateSection = CalibrateSection()
     exam: ExamSection = ExamSection()
     serve: ServeSection = ServeSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        return complete_export(values) if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _agree(self) -> DomainConfig:
+        if problems := contradictions(self):
+            raise ValueError("; ".join(problems))
+        return self
 
 
 def parse_config(text: str, *, origin: str, profile: str | None = None) -> DomainConfig:
@@ -386,6 +426,8 @@ def _explain(error: Any) -> str:
         return f"{where}: unknown key; {_hint(loc[-1], _known_keys(loc))}"
     if error["type"] == "missing":
         return f"{where}: missing"
+    if not loc:
+        return str(error["ctx"]["error"])
     if error["type"] == "union_tag_invalid":
         tag = str(error["ctx"]["tag"])
         return f"{where}.use = {tag!r}: unknown; {_hint(tag, list(STEPS))}"

@@ -7,6 +7,7 @@ domain.toml prompts/     who the assistant is; the profile that was run, resolve
 NOTICE                   licences and attributions that must travel with the model
 parity.json              the parity gate's numbers
 calibration.json         how sure an answer is (written by the calibrate stage)
+reflection.json          fitted threshold and weights of the tokens back-end (written by the calibrate stage)
 manifest.json            hashes, versions, provenance, ready or not; written last
 """
 
@@ -25,6 +26,7 @@ from domains.config import DomainConfig, GgufType
 from domains.jsonl import write_text_atomic
 from serve.manifest import (
     CALIBRATION,
+    FITTED_REFLECTION,
     MANIFEST,
     BaseModelFacts,
     BundleFile,
@@ -61,7 +63,7 @@ def open_bundle(bundle: Path, *, keep: Sequence[str]) -> None:
         keep: the students' file names that are about to be written; the old ones stay until then.
     """
     bundle.mkdir(parents=True, exist_ok=True)
-    for name in (MANIFEST, "parity.json", CALIBRATION, "report.json", "report.html"):
+    for name in (MANIFEST, "parity.json", CALIBRATION, FITTED_REFLECTION, "report.json", "report.html"):
         (bundle / name).unlink(missing_ok=True)
     for path in bundle.glob("student*.gguf"):
         if path.name not in keep:

@@ -1,7 +1,8 @@
 """calibrate: how sure is the served student? Fitted to its answers to seed questions, never to the exam's.
 
 reads    the domain's questions, train.jsonl, the index, bundle/student.gguf
-writes   calibration.jsonl (every development answer with its signals), bundle/calibration.json
+writes   calibration.jsonl (every development answer with its signals), bundle/calibration.json;
+         with reflection tokens also reflection.jsonl (what there was to choose from) and bundle/reflection.json
 counts   asked = answered + abstained + too_long; answered = right + wrong
          asked = answerable + gold_removed + unanswerable = unseen + trained_on
 
@@ -10,24 +11,29 @@ How the questions are made stands in `pipeline.development`, how the confidence 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence, Set
+from contextlib import ExitStack, closing
 from pathlib import Path
 
+from domains.config import ReflectSection
 from domains.domain import Domain
 from domains.jsonl import read_jsonl, write_jsonl, write_text_atomic
 from domains.records import Example
 from pipeline.bundle import note_files
 from pipeline.development import PARALLEL, Row, ask_items, draw_items, judge_items, seed_questions
 from pipeline.fit import calibrate
+from pipeline.fit_reflection import fit_student
 from pipeline.progress import Progress
 from pipeline.run_folder import Report, Run, need
+from serve.assistant import Assistant
 from serve.confidence import Calibration, describe_choice
 from serve.engine import Engine
-from serve.manifest import CALIBRATION
+from serve.manifest import CALIBRATION, FITTED_REFLECTION
 from serve.models import sha256_file
 from serve.reflection import open_reflector
+from serve.reflection_fit import fitted
 
 
 def run(domain: Domain, run: Run, progress: Progress) -> Report:
@@ -62,7 +68,10 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         )
     with ExitStack() as stack:
         engine = stack.enter_context(Engine(student, context=config.student.context, parallel=PARALLEL))
-        reflector = open_reflector(config.reflect, engine)
+        reflect = _fit_reflection(domain, run, engine, seen, progress)
+        if (run.bundle / FITTED_REFLECTION).is_file():
+            sources[FITTED_REFLECTION] = sha256_file(run.bundle / FITTED_REFLECTION)
+        reflector = open_reflector(reflect, engine)
         if reflector is not None:
             stack.callback(reflector.close)
         answers = ask_items(
@@ -82,6 +91,43 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
     _write(run.bundle, calibration)
     _tell(calibration, config.serve.max_wrong, progress)
     return Report(counts=_counts(rows), facts=dict(calibration.facts))
+
+
+def _fit_reflection(
+    domain: Domain, run: Run, engine: Engine, seen: Set[str], progress: Progress
+) -> ReflectSection:
+    """The settings that serving will reflect with; fitted here where the student has reflection tokens."""
+    from rag.retrieve import open_retriever
+
+    config = domain.config
+    (run.bundle / FITTED_REFLECTION).unlink(missing_ok=True)
+    if config.reflect.backend != "tokens" or not config.reflect.fit:
+        return config.reflect
+    reflector = open_reflector(config.reflect, engine)
+    assert reflector is not None
+    with open_retriever(run.index, config.retrieve, config.rerank) as retriever, closing(reflector):
+        assistant = Assistant(
+            engine,
+            retriever,
+            system=domain.prompts["system"],
+            abstain=config.domain.abstain,
+            top_k=config.retrieve.top_k,
+            max_tokens=config.serve.max_tokens,
+            unsupported="keep",
+            reflector=reflector,
+        )
+        found, facts = fit_student(
+            domain,
+            assistant,
+            count=config.calibrate.questions,
+            trained_on=seen,
+            progress=progress,
+            keep=run.reflection_fit.with_suffix(".jsonl"),
+        )
+    write_text_atomic(run.reflection_fit, json.dumps(facts, indent=1) + "\n")
+    write_text_atomic(run.bundle / FITTED_REFLECTION, found.model_dump_json(indent=1) + "\n")
+    note_files(run.bundle, [FITTED_REFLECTION])
+    return fitted(config.reflect, run.bundle)
 
 
 def _write(bundle: Path, calibration: Calibration) -> None:

@@ -37,6 +37,7 @@ from pipeline.run_folder import Report, Run, need
 from pipeline.summary import Sources, summarise
 from serve.assistant import Retrieves
 from serve.engine import Engine
+from serve.reflection_fit import fitted
 
 REPORTS = ("report.json", "report.html")
 
@@ -63,7 +64,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
             models={"base": base, "tuned": tuned, "exported": exported},
             retriever=retriever,
             passages=retriever.index.passages,
-            conditions=_conditions(domain),
+            conditions=_conditions(domain, run.bundle),
             open_engine=lambda gguf: Engine(gguf, context=config.student.context, parallel=PARALLEL),
             resamples=config.exam.resamples,
             seed=config.exam.seed,
@@ -75,7 +76,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         )
 
 
-def _conditions(domain: Domain) -> Conditions:
+def _conditions(domain: Domain, bundle: Path) -> Conditions:
     config = domain.config
     return Conditions(
         system=domain.prompts["system"],
@@ -83,7 +84,7 @@ def _conditions(domain: Domain) -> Conditions:
         top_k=config.retrieve.top_k,
         max_tokens=config.exam.max_tokens,
         context=config.student.context,
-        reflect=config.reflect,
+        reflect=fitted(config.reflect, bundle),
     )
 
 
@@ -156,6 +157,8 @@ def examine(
         sources=Sources.of(run),
         unsupported=unsupported,
     )
+    if "reflection" in report and conditions.reflect.fit and run.reflection_fit.is_file():
+        report["reflection"]["fit"] = json.loads(run.reflection_fit.read_text("utf-8"))
     write_text_atomic(run.bundle / REPORTS[0], json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     write_text_atomic(run.bundle / REPORTS[1], render_report(report))
     note_files(run.bundle, REPORTS)

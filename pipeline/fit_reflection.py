@@ -19,6 +19,7 @@ from pipeline.progress import Progress
 from pipeline.reflection_cases import Case, collect, development_questions, worth
 from pipeline.selective import Bin, calibration_error, reliability
 from serve.assistant import Assistant
+from serve.reflection_fit import FittedReflection
 from serve.reflection_scores import Parts, Weights, best, segment_score, wants_retrieval
 from serve.reflection_tokens import open_tokens
 
@@ -42,6 +43,20 @@ class Fit:
     retrieval_rate: float
     questions: int
     tried: int
+
+    def settings(self) -> FittedReflection:
+        """What serving reads."""
+        return FittedReflection(
+            threshold=self.threshold,
+            relevance_weight=self.weights.relevance,
+            support_weight=self.weights.support,
+            utility_weight=self.weights.utility,
+            sequence_weight=self.weights.sequence,
+            questions=self.questions,
+            score=self.score,
+            before=self.before,
+            retrieval_rate=self.retrieval_rate,
+        )
 
     def toml(self) -> str:
         """The keys to put under ``[reflect]``."""
@@ -142,17 +157,17 @@ def fit_student(
     domain: Domain,
     assistant: Assistant,
     *,
-    share: float,
+    count: int,
     trained_on: Set[str],
     progress: Progress,
     keep: Path | None = None,
-) -> dict[str, Any]:
-    """Fit the settings of a domain's student; numbers and the keys to set as plain data.
+) -> tuple[FittedReflection, dict[str, Any]]:
+    """Fit the settings of a domain's student: what serving reads, and all numbers as plain data.
 
     Args:
         domain: whose seed questions are drawn.
         assistant: of the bundle, with a retriever.
-        share: of the seed questions' documents that are for development.
+        count: most development questions, 0 = all.
         trained_on: ids of the questions in the training rows.
         progress: told what happens.
         keep: where the cached candidates are written, JSONL.
@@ -164,7 +179,7 @@ def fit_student(
     reflect = domain.config.reflect
     reflector = open_tokens(reflect, assistant.engine)
     questions = development_questions(
-        domain.read_questions(), share=share, seed=reflect.seed, trained_on=trained_on
+        domain.read_questions(), count=count, seed=reflect.seed, trained_on=trained_on
     )
     cases = collect(
         assistant,
@@ -185,10 +200,11 @@ def fit_student(
         progress.say(
             "the fitted threshold retrieves for all questions or none: the decision tells nothing apart"
         )
-    return {
+    facts = {
         **asdict(found),
         "trained_on": sum(question.id in trained_on for question in questions),
         "toml": found.toml(),
         "retrieval_reliability": [asdict(each) for each in table],
         "retrieval_calibration_error": error,
     }
+    return found.settings(), facts

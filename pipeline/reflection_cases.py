@@ -49,36 +49,32 @@ class Case(Record):
 
 
 def development_questions(
-    questions: Sequence[Question], *, share: float, seed: int, trained_on: Set[str] = frozenset()
+    questions: Sequence[Question], *, count: int, seed: int, trained_on: Set[str] = frozenset()
 ) -> list[Question]:
-    """Seed questions of a share of the documents, drawn by hash; without those of training if others are left.
+    """Seed questions in an order drawn by document; those that training did not use come first.
 
     Args:
         questions: the domain's; those of the exam are never taken.
-        share: of the documents.
+        count: how many at most; 0 = all.
         seed: of the draw.
         trained_on: ids of questions that the student was trained on: it is surer of them than of any other.
 
     Raises:
-        DataError: none is left.
+        DataError: there are none.
     """
-    drawn = [
-        question
-        for question in questions
-        if question.split == "seed" and _place(question.about, seed) < share
-    ]
-    if not drawn:
+    seeds = [question for question in questions if question.split == "seed"]
+    if not seeds:
         raise DataError(
             f"0 of {len(questions)} questions are for development",
             expected='questions with "split": "seed"',
-            next_step="add questions, or raise the share",
+            next_step="add questions to the domain's questions.jsonl",
         )
-    return [question for question in drawn if question.id not in trained_on] or drawn
+    drawn = sorted(seeds, key=lambda each: (each.id in trained_on, _place(each.about, seed), each.id))
+    return drawn[:count] if count else drawn
 
 
-def _place(document: str, seed: int) -> float:
-    digest = hashlib.sha256(f"development {seed}:{document}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+def _place(document: str, seed: int) -> str:
+    return hashlib.sha256(f"development {seed}:{document}".encode()).hexdigest()
 
 
 def worth(question: Question, text: str, assistant: Assistant, asked: Asked) -> float:

@@ -136,7 +136,11 @@ def _reflection_plots(reflection: Mapping[str, Any] | None) -> dict[str, str]:
     arms = reflection["arms"] if reflection else {}
     served = arms.get("exported_rag") or next(iter(arms.values()), None)
     bins = served["support_reliability"] if served else []
-    return {"support": plot_reliability(bins, event="a passage supports the answer")}
+    fit = reflection.get("fit", {}) if reflection else {}
+    return {
+        "support": plot_reliability(bins, event="a passage supports the answer"),
+        "retrieval": plot_reliability(fit.get("retrieval_reliability", []), event="passages helped"),
+    }
 
 
 def exam_table(report: Mapping[str, Any]) -> Table:

@@ -12,6 +12,7 @@ runs/<domain>/<name>/
     train/                       adapter, checkpoint, loss curve
     export/                      merged student in F16, importance matrix
     calibration.jsonl            development answers with their signals
+    reflection.json, .jsonl      fitted threshold and weights, and the answers they choose from (backend "tokens")
     exam/                        every answer of every arm
     bundle/                      what is served: GGUF files, index, domain.toml, prompts, reports
 """
@@ -122,6 +123,11 @@ class Run:
     def export(self) -> Path:
         """The export stage's own folder: ``student-F16.gguf``, ``imatrix.npz``."""
         return self.folder / "export"
+
+    @property
+    def reflection_fit(self) -> Path:
+        """What the fit of the reflecting student's threshold and weights found, with its reliability."""
+        return self.folder / "reflection.json"
 
     @property
     def calibration(self) -> Path:

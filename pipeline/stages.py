@@ -83,7 +83,7 @@ STAGES = (
         prompts=("teacher",),
         code=(
             "pipeline.elicit", "pipeline.asking", "pipeline.ledger", "pipeline.teacher", "pipeline.teacher_endpoint",
-            "pipeline.teacher_local", "pipeline.teacher_passages", "pipeline.teacher_prompt", "serve.engine", "serve.llama",
+            "pipeline.teacher_local", "pipeline.teacher_passages", "pipeline.teacher_prompt", "serve.engine", "serve.llama", "serve.llama_model",
             *STRATEGIES, "pipeline.verify", "pipeline.decontaminate", "pipeline.near_duplicates", "pipeline.wording",
             "domains.words", "domains.checks", "rag.citations", "rag.prompt", "rag.untrusted", "rag.answers", *RETRIEVAL,
         ),
@@ -100,7 +100,7 @@ STAGES = (
         ),
         prompts=("system",),
         code=(
-            "pipeline.curate", "pipeline.questions", "pipeline.judge", "pipeline.verify", "pipeline.verify_model", "serve.engine", "serve.llama", "pipeline.rows", "pipeline.decontaminate",
+            "pipeline.curate", "pipeline.questions", "pipeline.judge", "pipeline.verify", "pipeline.verify_model", "serve.engine", "serve.llama", "serve.llama_model", "pipeline.rows", "pipeline.decontaminate",
             "pipeline.reflect_ground", "pipeline.reflect_rows", "pipeline.verdict_rows", "pipeline.augment", "pipeline.critic", "pipeline.critics", "pipeline.critic_rules",
             "pipeline.critic_prompts", "pipeline.critic_teacher", "pipeline.critic_trained", "pipeline.asking",
             "pipeline.ledger", "pipeline.teacher", "pipeline.teacher_endpoint", "pipeline.teacher_local",
@@ -146,7 +146,7 @@ STAGES = (
             "pipeline.student", "pipeline.gguf_writer", "pipeline.gguf_vocabulary", "pipeline.imatrix",
             "pipeline.quantize", "pipeline.bundle", "pipeline.parity", "pipeline.rows", "pipeline.verify",
             "pipeline.wording", "pipeline.unpack", "pipeline.token_rows", "rag.reflection", "rag.verdicts",
-            "serve.engine", "serve.llama", "domains.words", "domains.checks",
+            "serve.engine", "serve.llama", "serve.llama_model", "domains.words", "domains.checks",
             "rag.citations", "rag.prompt", "rag.untrusted", "rag.answers", *RETRIEVAL,
         ),
     ),
@@ -158,11 +158,11 @@ STAGES = (
         sections=("domain", "student", "retrieve", "rerank", "reflect", "calibrate", "serve"),
         prompts=("system",),
         code=(
-            "pipeline.calibrate", "pipeline.development", "pipeline.fit", "pipeline.right", "pipeline.selective",
+            "pipeline.calibrate", "pipeline.fit_reflection", "pipeline.reflection_cases", "pipeline.metrics", "pipeline.development", "pipeline.fit", "pipeline.right", "pipeline.selective",
             "pipeline.bootstrap", "pipeline.bundle", "pipeline.wording", "serve.assistant", "serve.checking",
             "serve.confidence", "serve.signals", "rag.sentences",
-            *REFLECTION, "rag.reflection", "rag.verdicts",
-            "serve.engine", "serve.llama", "domains.words", "rag.citations", "rag.prompt", "rag.untrusted", "rag.answers", *RETRIEVAL,
+            *REFLECTION, "serve.reflection_fit", "rag.reflection", "rag.verdicts",
+            "serve.engine", "serve.llama", "serve.llama_model", "domains.words", "rag.citations", "rag.prompt", "rag.untrusted", "rag.answers", *RETRIEVAL,
         ),
     ),
     Stage(
@@ -176,8 +176,8 @@ STAGES = (
             "pipeline.exam", "pipeline.arms", "pipeline.metrics", "pipeline.bootstrap", "pipeline.summary",
             "pipeline.verdict", "pipeline.report", "pipeline.plots", "pipeline.base_gguf", "pipeline.token_rows", "pipeline.reflection_report",
             "pipeline.bundle", "pipeline.right", "pipeline.selective", "pipeline.selective_report", "pipeline.wording",
-            "serve.assistant", "serve.checking", "serve.confidence", "serve.signals", "rag.sentences", *REFLECTION, "rag.reflection", "rag.verdicts",
-            "serve.engine", "serve.llama", "domains.words", "rag.citations", "rag.prompt", "rag.untrusted", "rag.answers", *RETRIEVAL,
+            "serve.assistant", "serve.checking", "serve.confidence", "serve.signals", "rag.sentences", *REFLECTION, "serve.reflection_fit", "rag.reflection", "rag.verdicts",
+            "serve.engine", "serve.llama", "serve.llama_model", "domains.words", "rag.citations", "rag.prompt", "rag.untrusted", "rag.answers", *RETRIEVAL,
         ),
     ),
 )  # fmt: skip
@@ -201,7 +201,7 @@ def paths_of(what: str, domain: Domain, run: Run) -> list[Path]:
         "merged": [run.export / "student-F16.gguf"],
         "served": [run.bundle / "student.gguf"],
         "manifest": [run.bundle / "manifest.json"],
-        "calibration": [run.bundle / CALIBRATION],
+        "calibration": [run.bundle / CALIBRATION],  # names the hash of reflection.json
         "report": [run.bundle / "report.json", run.bundle / "report.html"],
     }
     return [path for path in named[what] if path is not None]

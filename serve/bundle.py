@@ -22,6 +22,7 @@ from serve.gguf_check import check_gguf
 from serve.manifest import CALIBRATION, MANIFEST, Manifest, read_manifest
 from serve.models import SMOLLM2, inference_gguf, sha256_file
 from serve.reflection import open_reflector
+from serve.reflection_fit import fitted
 
 STUDENT = "student.gguf"
 
@@ -169,7 +170,7 @@ def _open(
     calibration: Calibration | None = None,
 ) -> OpenBundle:
     choice, notes = _choose(calibration, config.serve.max_wrong)
-    reflect = config.reflect
+    reflect = fitted(config.reflect, folder)
     if manifest is None and reflect.backend in {"tokens", "text"}:
         reflect = reflect.model_copy(update={"backend": "none"})
         notes.append(f"The untrained student has not learnt [reflect] backend = {config.reflect.backend!r}.")

@@ -13,6 +13,7 @@ from domains.records import Record
 
 MANIFEST = "manifest.json"
 CALIBRATION = "calibration.json"
+FITTED_REFLECTION = "reflection.json"
 
 
 class BundleFile(Record):

@@ -100,18 +100,18 @@ def test_development_is_by_document_and_never_from_the_exam() -> None:
         question(f"q{number}", "exam" if number % 3 == 0 else "seed", f"doc{number // 2}")
         for number in range(200)
     ]
-    drawn = development_questions(pool, share=0.3, seed=0)
+    drawn = development_questions(pool, count=40, seed=0)
+    assert len(drawn) == 40
     assert {item.split for item in drawn} == {"seed"}
-    assert 0.15 < len(drawn) / len([item for item in pool if item.split == "seed"]) < 0.45
-    kept = {item.about for item in pool if item.split == "seed"} - {item.about for item in drawn}
-    assert not kept & {item.about for item in drawn}
-    assert drawn == development_questions(pool, share=0.3, seed=0)
+    assert drawn == development_questions(pool, count=40, seed=0)
+    assert len(development_questions(pool, count=0, seed=0)) == sum(item.split == "seed" for item in pool)
+    documents = [item.about for item in drawn]
+    assert len(set(documents)) < len(documents)  # questions of a document come together
     seen = {item.id for item in drawn[3:]}
-    assert development_questions(pool, share=0.3, seed=0, trained_on=seen) == drawn[:3]
-    everything = {item.id for item in pool}
-    assert development_questions(pool, share=0.3, seed=0, trained_on=everything) == drawn
+    assert development_questions(pool, count=3, seed=0, trained_on=seen) == drawn[:3]
+    assert not seen & {item.id for item in development_questions(pool, count=40, seed=0, trained_on=seen)}
     with pytest.raises(DataError):
-        development_questions(pool[:1], share=1, seed=0)
+        development_questions(pool[:1], count=0, seed=0)
 
 
 def test_every_way_of_answering_is_collected_once() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from domains.config import ReflectSection
-from domains.errors import ModelError
+from domains.errors import DataError, ModelError
 from domains.records import Answer, Hit, Message
 from pipeline.bundle import close_bundle, mark_ready
 from rag.prompt import neutralise
@@ -24,6 +24,7 @@ from serve.engine import Engine
 from serve.gguf_check import check_gguf
 from serve.manifest import BaseModelFacts
 from serve.models import inference_gguf
+from serve.reflection_fit import FittedReflection
 from serve.reflection_run import Vocabulary
 from serve.reflection_tokens import Settings, TokenReflector
 from tests.small_serving import ABSTAIN, FixedRetriever, passage, write_domain, write_index
@@ -110,6 +111,22 @@ def test_a_bundle_reflects_as_its_domain_toml_says(tmp_path: Path, gguf: Path) -
     assert isinstance(streamed, Answer)
     assert "".join(str(piece) for piece in pieces) == streamed.text
     assert "Reflection (tokens): retrieved" in chat
+
+
+def test_what_was_fitted_stands_in_for_domain_toml(tmp_path: Path, gguf: Path) -> None:
+    bundle = make_bundle(tmp_path, gguf, "tokens")
+    fit = FittedReflection(
+        threshold=1.0, relevance_weight=1, support_weight=1, utility_weight=0, sequence_weight=0,
+        questions=9, score=0.5, before=0.4, retrieval_rate=0.0,
+    )  # fmt: skip
+    (bundle / "reflection.json").write_text(fit.model_dump_json(), encoding="utf-8")
+    with open_bundle(bundle, parallel=2) as opened:
+        answer = opened.assistant.ask("Where are Corvane drops kept?")
+    assert answer.reflection is not None
+    assert not answer.reflection.retrieved  # domain.toml's threshold of 0 would have
+    (bundle / "reflection.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError, match=r"reflection\.json"):
+        open_bundle(bundle, parallel=1)
 
 
 def test_a_bundle_whose_student_lacks_the_tokens_does_not_open(tmp_path: Path) -> None:
