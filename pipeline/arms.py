@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
 from itertools import groupby
@@ -27,6 +27,7 @@ from serve.assistant import Asked, Assistant, Retrieves
 from serve.engine import Engine
 from serve.models import sha256_file
 from serve.reflection import Reflector, open_reflector
+from serve.vote import GREEDY, Votes
 
 PARALLEL = 8
 CHUNK = 2 * PARALLEL  # what a kill can cost, and how often the bar moves
@@ -49,6 +50,7 @@ _CODE = (
     "serve.signals",
     "serve.engine",
     "serve.llama",
+    "serve.vote",
     "rag.answers",
     "rag.citations",
     "rag.prompt",
@@ -81,6 +83,7 @@ class Conditions:
     max_tokens: int
     context: int
     reflect: ReflectSection = field(default_factory=ReflectSection)
+    votes: Votes = GREEDY
 
     @property
     def depth(self) -> int:
@@ -213,6 +216,7 @@ def _ask_chunk(
         unsupported="keep",
         signals=True,
         reflector=reflector,
+        votes=conditions.votes,
     )
     asked = [_prepare(assistant, question) for _, question in chunk]
     engine.forget()  # so that a resumed exam gives the answers of an uninterrupted one
@@ -250,7 +254,11 @@ def _row_key(
         "id": question.id,
         "question": render_question(question),
         "hits": [hit.model_dump() for hit in hits],
-        "conditions": {**vars(conditions), "reflect": conditions.reflect.model_dump()},
+        "conditions": {
+            **vars(conditions),
+            "reflect": conditions.reflect.model_dump(),
+            "votes": asdict(conditions.votes),
+        },
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

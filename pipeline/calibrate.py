@@ -34,6 +34,7 @@ from serve.manifest import CALIBRATION, FITTED_REFLECTION
 from serve.models import sha256_file
 from serve.reflection import open_reflector
 from serve.reflection_fit import fitted
+from serve.vote import Votes
 
 
 def run(domain: Domain, run: Run, progress: Progress) -> Report:
@@ -83,6 +84,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
             max_tokens=config.serve.max_tokens,
             unsupported=config.serve.unsupported,
             reflector=reflector,
+            votes=Votes(config.serve.votes, config.serve.vote_temperature),
             progress=progress,
         )
     rows = judge_items(items, answers, seen, folds=config.calibrate.folds, seed=config.calibrate.seed)

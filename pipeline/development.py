@@ -22,6 +22,7 @@ from rag.prompt import render_question
 from serve.assistant import Asked, Assistant
 from serve.engine import Engine
 from serve.reflection import Reflector
+from serve.vote import GREEDY, Votes
 
 PARALLEL = 8
 CHUNK = 2 * PARALLEL
@@ -134,6 +135,7 @@ def ask_items(
     max_tokens: int,
     unsupported: OnUnsupported,
     reflector: Reflector | None,
+    votes: Votes = GREEDY,
     progress: Progress,
 ) -> list[Answer | None]:
     """Answer all items through the assistant that serves; None where a prompt does not fit the context.
@@ -152,6 +154,7 @@ def ask_items(
             unsupported=unsupported,
             signals=True,
             reflector=reflector,
+            votes=votes,
         )
 
     progress.start("calibrate: asking", len(items))

@@ -38,6 +38,7 @@ from pipeline.summary import Sources, summarise
 from serve.assistant import Retrieves
 from serve.engine import Engine
 from serve.reflection_fit import fitted
+from serve.vote import Votes
 
 REPORTS = ("report.json", "report.html")
 
@@ -85,6 +86,7 @@ def _conditions(domain: Domain, bundle: Path) -> Conditions:
         max_tokens=config.exam.max_tokens,
         context=config.student.context,
         reflect=fitted(config.reflect, bundle),
+        votes=Votes(config.serve.votes, config.serve.vote_temperature),
     )
 
 

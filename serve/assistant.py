@@ -21,6 +21,7 @@ from serve.engine import Completion, Engine
 from serve.reflection import Reflected, Reflector
 from serve.signals import likelihood_of, measure
 from serve.streaming import ReplyStream
+from serve.vote import GREEDY, Votes, elect
 
 
 class Retrieves(Protocol):
@@ -62,6 +63,7 @@ class Assistant:
         threshold: abstain where the confidence is lower.
         signals: measure an answer's signals although there is no calibration.
         reflector: judges evidence while answering, see `serve.reflection`; None shows the passages and answers.
+        votes: how many replies are written to a question that is not reflected upon, see `serve.vote`.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Assistant:
         threshold: float = 0.0,
         signals: bool = False,
         reflector: Reflector | None = None,
+        votes: Votes = GREEDY,
     ) -> None:
         self.engine = engine
         self.retriever = retriever
@@ -87,6 +90,7 @@ class Assistant:
         self._max_tokens = max_tokens
         self._unsupported = unsupported
         self._reflector = reflector
+        self._votes = votes
         self._calibration = calibration
         self._threshold = threshold if calibration is not None and calibration.signals else 0.0
         self._watch = self._abstaining_token() if signals or calibration is not None else None
@@ -162,27 +166,43 @@ class Assistant:
         return self.ask_many([self.prepare(question, query=query, history=history)])[0]
 
     def ask_many(self, asked: Sequence[Asked]) -> list[Answer]:
-        """Answer prepared questions together; greedy, in the given order."""
+        """Answer prepared questions together, in the given order; greedy, or by vote."""
         if not asked:
             return []
         if self._reflector is not None:
             made = self._reflector.reflect(asked, self)
             return [self._judge_reflected(item, result) for item, result in zip(asked, made, strict=True)]
+        return [self.judge(item, reply) for item, reply in zip(asked, self._reply(asked), strict=True)]
+
+    def _reply(self, asked: Sequence[Asked]) -> list[Completion]:
+        """The greedy completion of each, or the one that several drawn ones agree with."""
         limit = max(item.max_tokens for item in asked)
-        completions = self.engine.generate(
-            [item.tokens for item in asked], max_tokens=limit, watch=self._watch
+        prompts = [item.tokens for item in asked]
+        greedy = self.engine.generate(prompts, max_tokens=limit, watch=self._watch)
+        more = self._votes.count - 1
+        if not more:
+            return greedy
+        drawn = self.engine.generate(
+            [prompt for prompt in prompts for _ in range(more)],
+            max_tokens=limit,
+            temperature=self._votes.temperature,
+            watch=self._watch,
         )
-        return [self.judge(item, completion) for item, completion in zip(asked, completions, strict=True)]
+        made = [[first, *drawn[at * more : (at + 1) * more]] for at, first in enumerate(greedy)]
+        return [
+            replies[elect([each.text for each in replies], question=item.question, abstain=self._abstain)]
+            for item, replies in zip(asked, made, strict=True)
+        ]
 
     def stream(self, asked: Asked, *, temperature: float = 0.0, seed: int = 0) -> Iterator[str | Answer]:
         """The answer's text in pieces as soon as they are certain, then the checked `Answer`.
 
         The pieces are together exactly ``Answer.text``; nothing is shown that is withdrawn later (see
         `serve.streaming`). Pieces may be empty: the model wrote something that can't be shown yet.
-        Closing the iterator stops the model. A reflecting assistant weighs several answers, greedily: its text
-        comes in one piece.
+        Closing the iterator stops the model. An assistant that reflects or votes weighs several answers, so its
+        text comes in one piece, whatever the temperature.
         """
-        if self._reflector is not None:
+        if self._reflector is not None or self._votes.count > 1:
             (answer,) = self.ask_many([asked])
             yield answer.text
             yield answer

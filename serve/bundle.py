@@ -23,6 +23,8 @@ from serve.manifest import CALIBRATION, MANIFEST, Manifest, read_manifest
 from serve.models import SMOLLM2, inference_gguf, sha256_file
 from serve.reflection import open_reflector
 from serve.reflection_fit import fitted
+from serve.shared_models import SharedModels
+from serve.vote import Votes
 
 STUDENT = "student.gguf"
 
@@ -107,13 +109,16 @@ def _domain_name(target: str) -> str:
         raise
 
 
-def open_bundle(folder: Path, *, parallel: int | None = None, unready_ok: bool = False) -> OpenBundle:
+def open_bundle(
+    folder: Path, *, parallel: int | None = None, unready_ok: bool = False, shared: SharedModels | None = None
+) -> OpenBundle:
     """Check a bundle and load it.
 
     Args:
         folder: with ``manifest.json``, ``student.gguf``, ``index/``, ``domain.toml`` and ``prompts/``.
         parallel: conversations at a time; as in ``domain.toml`` when None.
         unready_ok: also open a bundle that has not passed the parity gate.
+        shared: models that are loaded already, by their file's sha256; bundles with the same student file share one.
 
     Raises:
         DataError: the manifest, a file it names, or the index is missing or damaged.
@@ -133,11 +138,13 @@ def open_bundle(folder: Path, *, parallel: int | None = None, unready_ok: bool =
     system = _read_prompt(folder / "prompts" / "system.md", manifest.domain)
     return _open(
         config, folder, gguf=folder / STUDENT, index_folder=folder / "index", system=system,
-        manifest=manifest, parallel=parallel, calibration=_read_calibration(folder, manifest),
+        manifest=manifest, parallel=parallel, calibration=_read_calibration(folder, manifest), shared=shared,
     )  # fmt: skip
 
 
-def open_base(domain: Domain, index_folder: Path, *, parallel: int | None = None) -> OpenBundle:
+def open_base(
+    domain: Domain, index_folder: Path, *, parallel: int | None = None, shared: SharedModels | None = None
+) -> OpenBundle:
     """The domain's untrained base with the domain's index: cited answers before any training.
 
     Raises:
@@ -154,7 +161,7 @@ def open_base(domain: Domain, index_folder: Path, *, parallel: int | None = None
         )
     return _open(
         domain.config, domain.folder, gguf=inference_gguf(base), index_folder=index_folder,
-        system=domain.prompts["system"], manifest=None, parallel=parallel,
+        system=domain.prompts["system"], manifest=None, parallel=parallel, shared=shared,
     )  # fmt: skip
 
 
@@ -168,6 +175,7 @@ def _open(
     manifest: Manifest | None,
     parallel: int | None,
     calibration: Calibration | None = None,
+    shared: SharedModels | None = None,
 ) -> OpenBundle:
     choice, notes = _choose(calibration, config.serve.max_wrong)
     reflect = fitted(config.reflect, folder)
@@ -176,7 +184,14 @@ def _open(
         notes.append(f"The untrained student has not learnt [reflect] backend = {config.reflect.backend!r}.")
     retriever = open_retriever(index_folder, config.retrieve, config.rerank)
     try:
-        engine = Engine(gguf, context=config.student.context, parallel=parallel or config.serve.parallel)
+        known = manifest.files[STUDENT].sha256 if manifest else None
+        engine = Engine(
+            gguf if shared is None else shared.find(gguf, sha256=known),
+            context=config.student.context,
+            parallel=parallel or config.serve.parallel,
+            adapter=folder / manifest.adapter if manifest and manifest.adapter else None,
+            kv_cache=config.serve.kv_cache,
+        )
         try:
             reflector = open_reflector(reflect, engine)
         except BaseException:
@@ -196,6 +211,7 @@ def _open(
         calibration=calibration,
         threshold=choice.level.threshold if choice else 0.0,
         reflector=reflector,
+        votes=Votes(config.serve.votes, config.serve.vote_temperature),
     )
     return OpenBundle(assistant, engine, retriever, config, manifest, folder, notes)
 
@@ -214,13 +230,14 @@ def _choose(calibration: Calibration | None, max_wrong: float) -> tuple[Choice |
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
-    """Every file of the manifest is there in its size; the student, its calibration and the reranker byte for byte.
+    """Every file of the manifest is there in its size; what is opened of them byte for byte.
 
     The other formats are not opened, so their bytes are not read.
     """
     problems = []
-    if STUDENT not in manifest.files:
-        problems.append(f"{STUDENT}: not in the manifest")
+    for name in (STUDENT, manifest.adapter):
+        if name and name not in manifest.files:
+            problems.append(f"{name}: not in the manifest")
     for name, entry in sorted(manifest.files.items()):
         path = folder / name
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
@@ -229,7 +246,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             problems.append(f"{name}: missing")
         elif path.stat().st_size != entry.size_bytes:
             problems.append(f"{name}: {path.stat().st_size} bytes instead of {entry.size_bytes}")
-        elif _read_whole(name) and sha256_file(path) != entry.sha256:
+        elif _read_whole(name, manifest) and sha256_file(path) != entry.sha256:
             problems.append(f"{name}: its bytes changed (sha256)")
     if problems:
         raise DataError(
@@ -239,8 +256,8 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def _read_whole(name: str) -> bool:
-    return name in {STUDENT, CALIBRATION} or name.startswith(f"{RERANKER}/")
+def _read_whole(name: str, manifest: Manifest) -> bool:
+    return name in {STUDENT, manifest.adapter, CALIBRATION} or name.startswith(f"{RERANKER}/")
 
 
 def _read_calibration(folder: Path, manifest: Manifest) -> Calibration | None:
@@ -248,12 +265,13 @@ def _read_calibration(folder: Path, manifest: Manifest) -> Calibration | None:
     if CALIBRATION not in manifest.files:
         return None
     calibration = read_calibration(folder / CALIBRATION)
-    if calibration.sources.get(STUDENT) != manifest.files[STUDENT].sha256:
-        raise DataError(
-            f"{str(folder / CALIBRATION)!r} was fitted to another student",
-            expected=f"sha256 {manifest.files[STUDENT].sha256[:12]}… of {STUDENT}",
-            next_step=f"preceptor calibrate {manifest.domain}",
-        )
+    for name in filter(None, (STUDENT, manifest.adapter)):
+        if calibration.sources.get(name) != manifest.files[name].sha256:
+            raise DataError(
+                f"{str(folder / CALIBRATION)!r} was fitted to another student",
+                expected=f"sha256 {manifest.files[name].sha256[:12]}… of {name}",
+                next_step=f"preceptor calibrate {manifest.domain}",
+            )
     return calibration
 
 
