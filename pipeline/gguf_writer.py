@@ -1,15 +1,15 @@
 """Writes a Llama model as GGUF: names, row order, rotary factors and vocabulary as llama.cpp expects them.
 
-The model's weights go in as they are (F16 or F32); `pipeline.quantize` makes the smaller formats of that file.
-Tensors are converted one at a time, so memory holds one of them beside the model.
+The model's weights go in as they are (F16 or F32), or as blocks of a grid that were rounded before (`Packed`);
+`pipeline.quantize` makes llama.cpp's smaller formats of such a file. Tensors are converted one at a time, so
+memory holds one of them beside the model.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -17,75 +17,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from domains.errors import ModelError
+from pipeline.gguf_names import gguf_name, layer_tensors, llama3_rope_factors, permute_rows, turned_heads
 from pipeline.gguf_vocabulary import copy_vocabulary, write_vocabulary
 
 if TYPE_CHECKING:
     import torch
-    from gguf import GGUFWriter
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    from pipeline.grids import Packed
 
 FileType = Literal["F16", "F32"]
 Array = NDArray[Any]
-
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
-_IN_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_OUTSIDE = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-
-
-def gguf_name(name: str) -> str | None:
-    """The GGUF name of a parameter of ``LlamaForCausalLM``, or None where GGUF has no place for it."""
-    if name in _OUTSIDE:
-        return _OUTSIDE[name]
-    match = _LAYER.fullmatch(name)
-    kind = _IN_LAYER.get(match[2]) if match else None
-    return f"blk.{match[1]}.{kind}.weight" if match and kind else None
-
-
-def permute_rows(weight: Array, heads: int) -> Array:
-    """Rows of a q or k projection, [heads * d, in], in the order of llama.cpp's interleaved rotary embedding.
-
-    transformers rotates the pair (i, i + d/2) of a head, llama.cpp's ``llama`` graph (2i, 2i + 1).
-    """
-    rows, width = weight.shape
-    return weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
-
-
-def restore_rows(weight: Array, heads: int) -> Array:
-    """The inverse of `permute_rows`."""
-    rows, width = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
-
-
-def llama3_rope_factors(rope: Mapping[str, Any], head_dim: int) -> NDArray[np.float32]:
-    """What ``rope_type = "llama3"`` divides each rotary frequency by, [head_dim / 2].
-
-    Long wavelengths are stretched by ``factor``, short ones kept, those between blended (Llama 3.1).
-    """
-    frequency = float(rope["rope_theta"]) ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    wavelength = 2 * math.pi / frequency
-    original, factor = float(rope["original_max_position_embeddings"]), float(rope["factor"])
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    blend = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
-    return (1 / ((1 - blend) / factor + blend)).astype(np.float32)
+State = Mapping[str, "Array | torch.Tensor"]
 
 
 def write_llama_gguf(
     path: Path,
     *,
-    state: Mapping[str, Array | torch.Tensor],
+    state: State,
     config: Any,
     tokenizer: Any,
     template: str,
@@ -94,6 +43,8 @@ def write_llama_gguf(
     file_type: FileType = "F16",
     end_of_turn: int | None = None,
     copy_tokenizer_from: Path | None = None,
+    packed: Mapping[str, Packed] | None = None,
+    file_kind: str | None = None,
 ) -> None:
     """Write a model; the file appears whole or not at all, and the same input gives the same bytes.
 
@@ -108,14 +59,17 @@ def write_llama_gguf(
         file_type: of the matrices; vectors are always F32.
         end_of_turn: the token that ends a reply, where the tokenizer's EOS is another.
         copy_tokenizer_from: a GGUF file of the same vocabulary, whose tokenizer keys are taken over.
+        packed: parameters that are written as these very bytes, in place of what ``state`` may hold of them.
+        file_kind: the format that ``general.file_type`` names, such as "Q4_0"; without it ``file_type``.
 
     Raises:
-        ModelError: llama.cpp's Llama graph or vocabulary has no place for something in the model.
+        ModelError: llama.cpp's Llama graph or vocabulary has no place for something in the model, or packed
+            rows don't have the parameter's shape.
     """
     from gguf import GGUFWriter
 
     writer = GGUFWriter(None, "llama")
-    _write_facts(writer, config, name=name, licence=licence, file_type=file_type)
+    _write_facts(writer, config, name=name, licence=licence, kind=file_kind or file_type)
     if copy_tokenizer_from is not None:
         copy_vocabulary(
             writer, copy_tokenizer_from, template=template, size=config.vocab_size, tokenizer=tokenizer
@@ -124,13 +78,14 @@ def write_llama_gguf(
         write_vocabulary(
             writer, tokenizer, template=template, size=config.vocab_size, end_of_turn=end_of_turn
         )
-    plan = _plan(state, config, file_type)
-    for target, (shape, dtype, _) in plan.items():
-        writer.add_tensor_info(target, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
-    _write_file(writer, path, (load() for _, _, load in plan.values()))
+    plan = _plan(state, packed or {}, config, file_type)
+    for target, entry in plan.items():
+        size = int(np.prod(entry.shape)) * entry.dtype.itemsize
+        writer.add_tensor_info(target, entry.shape, entry.dtype, size, entry.kind)
+    write_file(writer, path, (entry.load() for entry in plan.values()))
 
 
-def _write_facts(writer: GGUFWriter, config: Any, *, name: str, licence: str, file_type: FileType) -> None:
+def _write_facts(writer: GGUFWriter, config: Any, *, name: str, licence: str, kind: str) -> None:
     head_dim = _head_dim(config)
     writer.add_type("model")
     writer.add_name(name)
@@ -147,8 +102,17 @@ def _write_facts(writer: GGUFWriter, config: Any, *, name: str, licence: str, fi
     writer.add_rope_freq_base(_rope(config)["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type({"F32": 0, "F16": 1}[file_type])
+    writer.add_file_type(_file_type(kind))
     writer.add_quantization_version(2)
+
+
+def _file_type(kind: str) -> int:
+    from gguf import LlamaFileType
+
+    number = LlamaFileType.__members__.get("ALL_F32" if kind == "F32" else f"MOSTLY_{kind}")
+    if number is None:
+        _unsuitable(f"the file type {kind!r}", "a format's name, such as 'Q4_0' or 'Q4_K_M'")
+    return int(number)
 
 
 def _rope(config: Any) -> dict[str, Any]:
@@ -171,34 +135,71 @@ def _unsuitable(what: str, expected: str) -> NoReturn:
     )
 
 
-Plan = dict[str, tuple[tuple[int, ...], "np.dtype[Any]", Callable[[], Array]]]
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor of the file; with a ``kind`` its shape is that of the bytes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    load: Callable[[], Array]
+    kind: GGMLQuantizationType | None = None
 
 
-def _plan(state: Mapping[str, Array | torch.Tensor], config: Any, file_type: FileType) -> Plan:
+def _plan(state: State, packed: Mapping[str, Packed], config: Any, file_type: FileType) -> dict[str, _Entry]:
     """Shape, type and loader of every tensor, in the order of the model's layers."""
     matrix = np.dtype(np.float16 if file_type == "F16" else np.float32)
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    sources = _sources(state, packed, config)
+    plan: dict[str, _Entry] = {}
+    if _rope(config).get("rope_type") == "llama3":
+        factors = llama3_rope_factors(_rope(config), _head_dim(config))
+        plan["rope_freqs.weight"] = _Entry(factors.shape, factors.dtype, lambda: factors)
+    for target in sorted(sources, key=_order):
+        source, heads = sources[target], turned_heads(target, config)
+        if source in packed:
+            plan[target] = _packed_entry(source, packed[source], state.get(source), heads)
+            continue
+        shape = tuple(state[source].shape)
+        dtype = matrix if len(shape) > 1 else np.dtype(np.float32)
+        plan[target] = _Entry(shape, dtype, _loader(state, source, dtype, heads))
+    return plan
+
+
+def _sources(state: State, packed: Mapping[str, Packed], config: Any) -> dict[str, str]:
+    """The parameter behind each tensor. A tied output is written only where it was packed on its own."""
     sources: dict[str, str] = {}
-    for source in state:
+    for source in dict.fromkeys([*state, *packed]):
         target = gguf_name(source)
-        if source.endswith("rotary_emb.inv_freq") or (
-            target == "output.weight" and config.tie_word_embeddings
-        ):
+        tied = target == "output.weight" and config.tie_word_embeddings and source not in packed
+        if source.endswith("rotary_emb.inv_freq") or tied:
             continue
         if target is None:
             _unsuitable(f"the parameter {source!r}", "the parameters of LlamaForCausalLM without biases")
         sources[target] = source
     _check_complete(sources, config)
-    plan: Plan = {}
-    if _rope(config).get("rope_type") == "llama3":
-        factors = llama3_rope_factors(_rope(config), _head_dim(config))
-        plan["rope_freqs.weight"] = (factors.shape, factors.dtype, lambda: factors)
-    for target in sorted(sources, key=_order):
-        shape = tuple(state[sources[target]].shape)
-        dtype = matrix if len(shape) > 1 else np.dtype(np.float32)
-        load = _loader(state, sources[target], dtype, heads.get(target.split(".")[-2]))
-        plan[target] = (shape, dtype, load)
-    return plan
+    return sources
+
+
+def _packed_entry(
+    source: str, packed: Packed, plain: Array | torch.Tensor | None, heads: int | None
+) -> _Entry:
+    from gguf import GGMLQuantizationType, quant_shape_from_byte_shape
+
+    kind, rows = GGMLQuantizationType.__members__.get(packed.kind), packed.rows
+    if kind is None or rows.dtype != np.uint8 or rows.ndim != 2:
+        _unsuitable(f"{source!r} as {packed.kind} {rows.dtype}", "uint8 rows of one of ggml's types")
+    vector = source.endswith("norm.weight")
+    try:
+        shape = quant_shape_from_byte_shape(rows.shape[vector:], kind)
+    except ValueError as error:
+        _unsuitable(f"{source!r} packed in rows of {rows.shape[1]} bytes", str(error))
+    if plain is not None and shape != tuple(plain.shape):
+        _unsuitable(f"{source!r} packed as {shape}", f"its shape {tuple(plain.shape)}")
+
+    def load() -> Array:
+        turned = rows if heads is None else permute_rows(rows, heads)
+        return np.ascontiguousarray(turned).reshape(rows.shape[vector:])
+
+    return _Entry(rows.shape[vector:], rows.dtype, load, kind)
 
 
 def _order(target: str) -> tuple[int, int, str]:
@@ -210,9 +211,7 @@ def _order(target: str) -> tuple[int, int, str]:
 
 def _check_complete(sources: dict[str, str], config: Any) -> None:
     wanted = {"token_embd.weight", "output_norm.weight"}
-    wanted |= {
-        f"blk.{n}.{kind}.weight" for n in range(config.num_hidden_layers) for kind in _IN_LAYER.values()
-    }
+    wanted |= layer_tensors(config.num_hidden_layers)
     if not config.tie_word_embeddings:
         wanted.add("output.weight")
     if missing := sorted(wanted - set(sources), key=_order):
@@ -223,9 +222,7 @@ def _check_complete(sources: dict[str, str], config: Any) -> None:
         )
 
 
-def _loader(
-    state: Mapping[str, Array | torch.Tensor], source: str, dtype: np.dtype[Any], heads: int | None
-) -> Callable[[], Array]:
+def _loader(state: State, source: str, dtype: np.dtype[Any], heads: int | None) -> Callable[[], Array]:
     def load() -> Array:
         value = state[source]
         array: Array = value if isinstance(value, np.ndarray) else value.detach().float().cpu().numpy()
@@ -242,7 +239,8 @@ def _loader(
     return load
 
 
-def _write_file(writer: GGUFWriter, path: Path, tensors: Iterator[Array]) -> None:
+def write_file(writer: GGUFWriter, path: Path, tensors: Iterator[Array]) -> None:
+    """Write what ``writer`` was told of, with its tensors in that order; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from domains.errors import StageError
-from pipeline.gguf_writer import gguf_name
+from pipeline.gguf_names import gguf_name
 
 if TYPE_CHECKING:
     import torch

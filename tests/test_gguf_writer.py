@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from domains.errors import ModelError
-from pipeline.gguf_writer import gguf_name, llama3_rope_factors, permute_rows, restore_rows, write_llama_gguf
+from pipeline.gguf_names import gguf_name, llama3_rope_factors, permute_rows, restore_rows
+from pipeline.gguf_writer import write_llama_gguf
 from serve.engine import Engine
 from serve.gguf_check import Array, check_gguf
 from serve.models import packaged_gguf
