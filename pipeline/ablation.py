@@ -43,6 +43,7 @@ from rag.answers import format_reply
 from rag.prompt import neutralise, render_question, student_messages
 from serve.assistant import Retrieves
 from serve.engine import Engine
+from serve.vote import GREEDY, Votes
 
 Kind = Literal["answers", "rationales", "kard", "quotes"]
 RECIPES: tuple[Kind, ...] = ("answers", "rationales", "kard", "quotes")
@@ -185,12 +186,13 @@ def train_recipe(
 
 @dataclass(frozen=True)
 class Asking:
-    """An arm: a model file, what finds its passages, whether it is shown them, and how it reflects (None: not)."""
+    """An arm: a model file, what finds its passages, whether it is shown them, how it reflects (None: not), its votes."""
 
     model: Path
     retriever: Retrieves
     with_passages: bool = True
     reflect: ReflectSection | None = None
+    votes: Votes = GREEDY
 
 
 def ask(
@@ -219,7 +221,9 @@ def ask(
     answers: dict[str, list[Answer | None]] = {}
     for name, asking in arms.items():
         reflects = asking.reflect is not None
-        each = replace(conditions, reflect=asking.reflect) if asking.reflect is not None else conditions
+        each = replace(conditions, votes=asking.votes)
+        if asking.reflect is not None:
+            each = replace(each, reflect=asking.reflect)
         remembered = Remembered(asking.retriever, depth=max(DEPTH, each.depth))
         arm = Arm(name, asking.model, with_passages=asking.with_passages, reflects=reflects)
         rows = ask_arms(
