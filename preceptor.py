@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pipeline.job import Outcome
     from pipeline.run_folder import Run
     from serve.bundle import OpenBundle
+    from serve.shared_models import SharedModels
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -62,6 +63,10 @@ Base = Annotated[
 ]
 Target = Annotated[
     str, typer.Argument(metavar="DOMAIN", help="A domain with a finished run, or the path of a bundle.")
+]
+Targets = Annotated[
+    list[str],
+    typer.Argument(metavar="DOMAIN", help="Domains with finished runs, or paths of bundles; one or more."),
 ]
 
 
@@ -391,34 +396,43 @@ def chat(target: Target, base: Base = False, runs: Runs = Path("runs")) -> None:
         chat_session(bundle, console)
 
 
-@app.command(epilog="Example: `preceptor serve medical --port 8080`")
+@app.command(
+    epilog="Example: `preceptor serve medical --port 8080`, or several: `preceptor serve medical product_requirements`"
+)
 def serve(
-    target: Target,
+    targets: Targets,
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; [serve] port when left out.")
     ] = None,
     base: Base = False,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Serve an OpenAI-compatible API on this machine, protected by a token."""
-    from serve.http import serve_bundle
+    """Serve an OpenAI-compatible API on this machine, protected by a token.
+
+    Of several domains a request chooses one by its `model`; those on the same base share it in memory.
+    """
+    from serve.http import serve_bundles
     from serve.secrets import service_token
+    from serve.shared_models import SharedModels
 
     token = service_token()
-    with closing(_open(target, runs, base)) as bundle:
-        chosen = bundle.config.serve.port if port is None else port
+    with ExitStack() as stack:
+        shared = stack.enter_context(SharedModels()) if len(targets) > 1 else None
+        bundles = [stack.enter_context(_open(target, runs, base, shared=shared)) for target in targets]
+        chosen = bundles[0].config.serve.port if port is None else port
 
         def on_ready(url: str) -> None:
-            title = escape(bundle.config.domain.title)
-            console.print(f"Serving {title} at [bold]{url}/v1[/]  (Ctrl-C stops)")
-            _print_disclaimer(bundle)
+            for bundle in bundles:
+                title = f"{bundle.config.domain.title} (model {bundle.name})"
+                console.print(f"Serving {escape(title)} at [bold]{url}/v1[/]  (Ctrl-C stops)", soft_wrap=True)
+                _print_disclaimer(bundle)
             console.print(f"Token: {token}", highlight=False, soft_wrap=True)
             console.print(
                 f'Python: OpenAI(base_url="{url}/v1", api_key=TOKEN)', highlight=False, markup=False
             )
 
         try:
-            serve_bundle(bundle, port=chosen, token=token, on_ready=on_ready)
+            serve_bundles(bundles, port=chosen, token=token, on_ready=on_ready)
         except KeyboardInterrupt:  # how a service is meant to end
             console.print("\nStopped.")
 
@@ -492,15 +506,23 @@ def _open_run(domain_name: str, profile: str, run_name: str, runs: Path) -> tupl
     return domain, open_run(runs, domain.name, run_name or profile)
 
 
-def _open(target: str, runs: Path, base: bool, *, parallel: int | None = None) -> OpenBundle:
+def _open(
+    target: str,
+    runs: Path,
+    base: bool,
+    *,
+    parallel: int | None = None,
+    shared: SharedModels | None = None,
+) -> OpenBundle:
     from serve.bundle import find_bundle, open_base, open_bundle
 
     if base:
         from domains.domain import load_domain
 
         domain = load_domain(target)
-        return open_base(domain, find_bundle(target, runs, base=True) / "index", parallel=parallel)
-    return open_bundle(find_bundle(target, runs), parallel=parallel)
+        index = find_bundle(target, runs, base=True) / "index"
+        return open_base(domain, index, parallel=parallel, shared=shared)
+    return open_bundle(find_bundle(target, runs), parallel=parallel, shared=shared)
 
 
 def _progress(as_json: bool) -> Any:

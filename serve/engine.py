@@ -19,9 +19,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from domains.config import KvCache
 from domains.errors import ContextOverflow, ModelError
 from domains.records import Message
 from serve.llama import BATCH_TOKENS, Llama
+from serve.llama_model import LlamaModel
 
 _BREATH_S = 0.25  # a stream that waits gives control back this often, so that it can be closed
 
@@ -90,20 +92,33 @@ class Engine:
     """A GGUF model that answers many requests at once.
 
     Args:
-        gguf: the model file; its header is validated before llama.cpp sees it.
+        gguf: the model file (its header is validated before llama.cpp sees it), or another engine's ``model``,
+            whose weights both then use.
         context: tokens per sequence (prompt and reply together).
         parallel: sequences that run at the same time.
         threads: CPU threads; all cores when None.
+        adapter: a GGUF LoRA that is added to the model, for this engine alone.
+        kv_cache: how keys and values are kept, see `serve.llama.Llama`.
 
     Raises:
-        ModelError: the file is missing, damaged, or no Llama model.
+        ModelError: a file is missing, damaged, no Llama model, or an adapter of another model.
     """
 
     def __init__(
-        self, gguf: Path, *, context: int = 2048, parallel: int = 4, threads: int | None = None
+        self,
+        gguf: Path | LlamaModel,
+        *,
+        context: int = 2048,
+        parallel: int = 4,
+        threads: int | None = None,
+        adapter: Path | None = None,
+        kv_cache: KvCache = "f16",
     ) -> None:
-        self._llama = llama = Llama(gguf, context=context, parallel=parallel, threads=threads)
-        self.facts, self.path, self.context = llama.facts, llama.path, llama.context
+        self.model = model = gguf if isinstance(gguf, LlamaModel) else LlamaModel(gguf)
+        self._llama = Llama(
+            model, context=context, parallel=parallel, threads=threads, adapter=adapter, kv_cache=kv_cache
+        )
+        self.facts, self.path, self.context = model.facts, model.path, self._llama.context
         self._slots = [_Slot(number) for number in range(parallel)]
         self._waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # held for a step; `logits` takes it between steps
@@ -114,44 +129,44 @@ class Engine:
 
     @property
     def template(self) -> str:
-        """See `Llama.template`."""
-        return self._llama.template
+        """See `LlamaModel.template`."""
+        return self.model.template
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, the width of `logits`."""
-        return self._llama.vocab_size
+        return self.model.vocab_size
 
     @property
     def adds_bos(self) -> bool:
-        """See `Llama.adds_bos`."""
-        return self._llama.adds_bos
+        """See `LlamaModel.adds_bos`."""
+        return self.model.adds_bos
 
     @property
     def bos(self) -> str:
-        """See `Llama.bos`."""
-        return self._llama.bos
+        """See `LlamaModel.bos`."""
+        return self.model.bos
 
     @property
     def eos(self) -> str:
-        """See `Llama.eos`."""
-        return self._llama.eos
+        """See `LlamaModel.eos`."""
+        return self.model.eos
 
     def render(self, messages: Sequence[Message], *, continue_reply: bool = False) -> str:
-        """See `Llama.render`."""
-        return self._llama.render(messages, continue_reply=continue_reply)
+        """See `LlamaModel.render`."""
+        return self.model.render(messages, continue_reply=continue_reply)
 
     def tokenize(self, text: str, *, begin: bool = True) -> list[int]:
-        """See `Llama.tokenize`."""
-        return self._llama.tokenize(text, begin=begin)
+        """See `LlamaModel.tokenize`."""
+        return self.model.tokenize(text, begin=begin)
 
     def token_id(self, text: str) -> int | None:
-        """See `Llama.token_id`."""
-        return self._llama.token_id(text)
+        """See `LlamaModel.token_id`."""
+        return self.model.token_id(text)
 
     def detokenize(self, tokens: Sequence[int]) -> str:
-        """See `Llama.detokenize`."""
-        return self._llama.detokenize(tokens)
+        """See `LlamaModel.detokenize`."""
+        return self.model.detokenize(tokens)
 
     # -- generation --------------------------------------------------------------------------------
 
@@ -359,11 +374,11 @@ class Engine:
         """Add a sampled token to a sequence's reply; ends it at an end token or its limit."""
         job = slot.job
         assert job is not None
-        if token in job.stop or self._llama.is_end(token):
+        if token in job.stop or self.model.is_end(token):
             self._end(slot, "stop")
             return
         slot.out.append(token)
-        self._say(slot, slot.decoder.decode(self._llama.piece(token)))
+        self._say(slot, slot.decoder.decode(self.model.piece(token)))
         if len(slot.out) >= job.max_tokens:
             self._end(slot, "length")
         else:
@@ -483,7 +498,7 @@ class Engine:
     # -- end ---------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Free model and context; does nothing the second time.
+        """Free the context, and the model unless other engines use it; does nothing the second time.
 
         Requests that run or wait end with a `ModelError`. Not to be called from ``on_done``.
         """

@@ -1,21 +1,20 @@
 """The assistant behind OpenAI's chat protocol, for this machine only.
 
     POST /v1/chat/completions   ask; ``stream`` sends the answer in pieces
-    GET  /v1/models             the one model that is served
+    GET  /v1/models             the models that are served: one for each domain
     GET  /healthz               no token needed
 
-The domain's system prompt is fixed: a client's system messages are accepted and not used. There is no
-route that takes a path, a file, a URL or a model.
+A request's ``model`` chooses among the domains that were opened at the start, by name. A domain's system prompt
+is fixed: a client's system messages are accepted and not used. There is no route that takes a path, a file or a URL.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from ipaddress import ip_address
 from typing import Any, Protocol
@@ -27,14 +26,13 @@ from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Send
 
-from domains.errors import ConfigError, ContextOverflow, ModelError, PreceptorError
+from domains.errors import ConfigError, PreceptorError
 from domains.records import Answer
 from serve.assistant import Asked, Assistant
-from serve.guard import Guard, error_body
+from serve.guard import Guard
+from serve.http_errors import Refused, explain, on_error
 from serve.openai_schema import ChatRequest, chunk, completion, evidence, finish_reason, usage
 from serve.turns import retrieval_query, sources_text
-
-_log = logging.getLogger("preceptor.serve")
 
 
 class Served(Protocol):
@@ -49,53 +47,71 @@ class Served(Protocol):
         """The model's name on the wire."""
 
 
-class _Refused(Exception):
-    def __init__(self, status: int, message: str, *, code: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
+def create_app(bundles: Sequence[Served], *, token: str) -> FastAPI:
+    """The service as an ASGI application. Every path but ``/healthz`` wants ``token``.
 
-
-def create_app(bundle: Served, *, token: str) -> FastAPI:
-    """The service as an ASGI application. Every path but ``/healthz`` wants ``token``."""
+    Raises:
+        ConfigError: two of the bundles have the same name.
+    """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    chats = _Chats(bundle)
-    card = {"id": bundle.name, "object": "model", "created": int(time.time()), "owned_by": "preceptor"}
+    assistants = _by_name(bundles)
+    chats = _Chats(assistants)
+    card = {"object": "model", "created": int(time.time()), "owned_by": "preceptor"}
+    cards = [{"id": name, **card} for name in assistants]
     app.add_api_route("/v1/chat/completions", chats.complete, methods=["POST"], response_model=None)
-    app.add_api_route("/v1/models", lambda: {"object": "list", "data": [card]}, methods=["GET"])
-    app.add_api_route("/healthz", lambda: {"status": "ok", "model": bundle.name}, methods=["GET"])
-    for kind in (RequestValidationError, HTTPException, _Refused, PreceptorError, Exception):
-        app.add_exception_handler(kind, _on_error)
+    app.add_api_route("/v1/models", lambda: {"object": "list", "data": cards}, methods=["GET"])
+    app.add_api_route("/healthz", lambda: {"status": "ok", "models": [*assistants]}, methods=["GET"])
+    for kind in (RequestValidationError, HTTPException, Refused, PreceptorError, Exception):
+        app.add_exception_handler(kind, on_error)
     app.add_middleware(Guard, token=token)
     return app
 
 
-def serve_bundle(
-    bundle: Served, *, host: str = "127.0.0.1", port: int, token: str, on_ready: Callable[[str], None]
+def _by_name(bundles: Sequence[Served]) -> dict[str, Assistant]:
+    found: dict[str, Assistant] = {}
+    for bundle in bundles:
+        if bundle.name in found:
+            raise ConfigError(
+                f"two of the domains to serve are called {bundle.name!r}",
+                expected="different names: a request chooses by them",
+                next_step="name each domain once, or set another [domain] name in its domain.toml",
+            )
+        found[bundle.name] = bundle.assistant
+    return found
+
+
+def serve_bundles(
+    bundles: Sequence[Served],
+    *,
+    host: str = "127.0.0.1",
+    port: int,
+    token: str,
+    on_ready: Callable[[str], None],
 ) -> None:
     """Serve until the process is told to stop (Ctrl-C).
 
     Args:
-        bundle: what answers.
+        bundles: what answers; requests choose by name.
         host: a loopback address or ``localhost``.
         port: 0 takes a free one.
         token: see `serve.secrets.service_token`.
         on_ready: called with the address (``http://127.0.0.1:8080``) once requests are taken.
 
     Raises:
-        ConfigError: the host is not this machine's loopback, or the port is taken.
+        ConfigError: the host is not this machine's loopback, the port is taken, or two bundles have one name.
     """
     listener = _listen(host, port)
     address = listener.getsockname()
     name = f"[{address[0]}]" if ":" in address[0] else address[0]
     try:
-        make_server(bundle, token=token, on_ready=lambda: on_ready(f"http://{name}:{address[1]}")).run(
+        make_server(bundles, token=token, on_ready=lambda: on_ready(f"http://{name}:{address[1]}")).run(
             sockets=[listener]
         )
     finally:
         listener.close()
 
 
-def make_server(bundle: Served, *, token: str, on_ready: Callable[[], None]) -> Any:
+def make_server(bundles: Sequence[Served], *, token: str, on_ready: Callable[[], None]) -> Any:
     """A ``uvicorn.Server``; setting its ``should_exit`` stops it."""
     import uvicorn
 
@@ -105,7 +121,7 @@ def make_server(bundle: Served, *, token: str, on_ready: Callable[[], None]) -> 
             on_ready()
 
     config = uvicorn.Config(
-        create_app(bundle, token=token),
+        create_app(bundles, token=token),
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -147,21 +163,19 @@ def _listen(host: str, port: int) -> socket.socket:
 class _Chats:
     """The one route that works: from a request to the model and back."""
 
-    def __init__(self, bundle: Served) -> None:
-        self._assistant = bundle.assistant
-        self._name = bundle.name
+    def __init__(self, assistants: dict[str, Assistant]) -> None:
+        self._assistants = assistants
 
     async def complete(self, body: ChatRequest, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        if body.model not in {None, self._name}:
-            message = f"no model {body.model!r} here; this service has {self._name!r}"
-            raise _Refused(404, message, code="model_not_found", param="model")
-        asked = await run_sync(self._prepare, body)
-        pieces = self._pieces(asked, body)
+        name = self._chosen(body.model)
+        assistant = self._assistants[name]
+        asked = await run_sync(self._prepare, assistant, body)
+        pieces = self._pieces(assistant, asked, body)
         head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
-            "model": self._name,
+            "model": name,
         }
         if body.stream:
             events = _events(pieces, head, body, asked.max_tokens)
@@ -173,22 +187,33 @@ class _Chats:
         reply = completion(head, answer, finish, body.ignored)
         return Response(json.dumps(reply, ensure_ascii=False), media_type="application/json")
 
-    def _prepare(self, body: ChatRequest) -> Asked:
+    def _chosen(self, model: str | None) -> str:
+        names = ", ".join(map(repr, self._assistants))
+        if model is None and len(self._assistants) > 1:
+            raise Refused(400, f"say which model: one of {names}", code="missing_parameter", param="model")
+        if model is not None and model not in self._assistants:
+            message = f"no model {model!r} here; this service has {names}"
+            raise Refused(404, message, code="model_not_found", param="model")
+        return model if model is not None else next(iter(self._assistants))
+
+    @staticmethod
+    def _prepare(assistant: Assistant, body: ChatRequest) -> Asked:
         turns = body.turns()
         if not turns or turns[-1].role != "user" or not turns[-1].content.strip():
             message = "the last message must be the user's question, and not empty"
-            raise _Refused(400, message, code="invalid_value", param="messages")
+            raise Refused(400, message, code="invalid_value", param="messages")
         *history, last = turns
-        return self._assistant.prepare(
+        return assistant.prepare(
             last.content,
             query=retrieval_query(last.content, history),
             history=history,
             max_tokens=body.reply_limit,
         )
 
-    async def _pieces(self, asked: Asked, body: ChatRequest) -> AsyncIterator[str | Answer]:
+    @staticmethod
+    async def _pieces(assistant: Assistant, asked: Asked, body: ChatRequest) -> AsyncIterator[str | Answer]:
         """The assistant's stream, each step on a worker thread; closing it stops the model."""
-        stream: Iterator[str | Answer] = self._assistant.stream(
+        stream: Iterator[str | Answer] = assistant.stream(
             asked, temperature=body.temperature or 0.0, seed=body.seed or 0
         )
         try:
@@ -225,7 +250,7 @@ async def _events(
                 elif piece:
                     yield _event(chunk(head, {"content": piece}))
     except Exception as error:
-        yield f"data: {_explain(error)[1].decode()}\n\n"
+        yield f"data: {explain(error)[1].decode()}\n\n"
         return
     yield "data: [DONE]\n\n"
 
@@ -243,39 +268,3 @@ async def _last(pieces: AsyncIterator[str | Answer], request: Request) -> Answer
             if isinstance(piece, Answer):
                 return piece
     return None
-
-
-async def _on_error(_request: Request, error: Exception) -> Response:
-    status, body = _explain(error)
-    return Response(body, status_code=status, media_type="application/json")
-
-
-def _explain(error: Exception) -> tuple[int, bytes]:
-    """Status and body for an error. What happened inside (paths!) goes to the log, not to the client."""
-    if isinstance(error, _Refused):
-        kind = "server_error" if error.status >= 500 else "invalid_request_error"
-        return error.status, error_body(str(error), code=error.code, param=error.param, kind=kind)
-    if isinstance(error, ContextOverflow):
-        message = f"{error.what}; expected {error.expected}. Nothing was cut."
-        return 400, error_body(message, code="context_length_exceeded", param="messages")
-    if isinstance(error, RequestValidationError):
-        return 400, _explain_request(error)
-    if isinstance(error, HTTPException):
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-        return error.status_code, error_body(str(error.detail), code=code)
-    _log.error("request failed: %s", error, exc_info=error)
-    status = 503 if isinstance(error, ModelError) else 500
-    message = f"the assistant can't answer ({type(error).__name__}); the server's log says why"
-    return status, error_body(message, code="internal_error", kind="server_error")
-
-
-def _explain_request(error: RequestValidationError) -> bytes:
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
-    param = where[0] if where else None
-    if first["type"] == "extra_forbidden":
-        return error_body(f"unknown field {'.'.join(where)!r}", code="unknown_parameter", param=param)
-    if first["type"] == "json_invalid":
-        return error_body("the body is not valid JSON", code="invalid_json")
-    message = f"{'.'.join(where) or 'the body'}: {first['msg']}"
-    return error_body(message, code="unsupported_value", param=param)

@@ -1,4 +1,4 @@
-"""A GGUF model in llama.cpp: loading, vocabulary, one batch at a time. The C API and nothing above it.
+"""A context of a GGUF model in llama.cpp: its key-value cache, one batch at a time. The C API, nothing above it.
 
 llama-cpp-python's high-level class runs one sequence at a time and keeps the logits of whole contexts;
 `serve.engine` schedules many sequences, so it needs these calls themselves.
@@ -8,165 +8,122 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from domains.config import KvCache
 from domains.errors import ModelError
-from domains.records import Message
-from rag.prompt import render_chat
-from serve.gguf_check import check_gguf
-from serve.llama_log import last_lines, quiet
+from serve.adapter_check import check_adapter
+from serve.llama_log import last_lines
+from serve.llama_model import LlamaModel
 
 BATCH_TOKENS = 512
+_KV_BLOCK = 32  # numbers that share a scale in a quantized cache
 
 
 class Llama:
-    """A model and a context of ``parallel`` sequences. Not for several threads at once.
+    """A context of ``parallel`` sequences on a model. Not for several threads at once.
 
     Args:
-        gguf: the model file; its header is validated before llama.cpp sees it.
+        model: shared with other contexts, or only this one's; freed with the last.
         context: tokens per sequence (prompt and reply together).
         parallel: sequences that the context holds.
         threads: CPU threads; all cores when None.
+        adapter: a GGUF LoRA of this model that is added to every forward pass of this context.
+        kv_cache: how keys and values are kept. Quantized ones are turned by a Hadamard matrix before rounding
+            (SpinQuant's R3, arXiv 2405.16406; built into llama.cpp) where a head's width is a multiple of 64.
 
     Raises:
-        ModelError: the file is missing, damaged, or no Llama model.
+        ModelError: the adapter is none of this model's, the cache can't be kept so, or memory is short.
     """
 
-    def __init__(self, gguf: Path, *, context: int, parallel: int, threads: int | None) -> None:
-        self.facts = check_gguf(gguf)
-        # OpenMP threads that spin at barriers cost five times the speed as soon as anything else runs
-        # on the machine (docs/log.md); read by libgomp when llama.cpp is loaded.
-        os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    def __init__(
+        self,
+        model: LlamaModel,
+        *,
+        context: int,
+        parallel: int,
+        threads: int | None,
+        adapter: Path | None = None,
+        kv_cache: KvCache = "f16",
+    ) -> None:
         import llama_cpp
 
-        quiet()
         self._c = llama_cpp
-        llama_cpp.llama_backend_init()
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = 999 if llama_cpp.llama_supports_gpu_offload() else 0
-        self._model = llama_cpp.llama_model_load_from_file(str(gguf).encode(), params)
-        if not self._model:
-            raise ModelError(
-                f"llama.cpp can't load {gguf}: {last_lines()}",
-                expected="a complete GGUF file of a Llama model",
-                next_step="preceptor doctor",
-            )
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self.path = gguf
-        self.context = min(context, llama_cpp.llama_model_n_ctx_train(self._model))
-        self._ctx = self._new_context(parallel, threads or os.cpu_count() or 1)
+        self.model = model
+        self.context = min(context, model.trained_context)
+        model.retain()
+        try:
+            # Graphs are sized by what is loaded: the adapter comes before the context.
+            self._adapter = None if adapter is None else self._load_adapter(adapter)
+            try:
+                self._ctx = self._new_context(parallel, threads or os.cpu_count() or 1, kv_cache)
+            except BaseException:
+                self._free_adapter()
+                raise
+        except BaseException:
+            model.release()
+            raise
         self._memory = llama_cpp.llama_get_memory(self._ctx)
         self._batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
 
-    def _new_context(self, parallel: int, threads: int) -> Any:
-        params = self._c.llama_context_default_params()
+    def _load_adapter(self, path: Path) -> Any:
+        check_adapter(path, self.model.facts)
+        with self.model.lock:
+            adapter = self._c.llama_adapter_lora_init(self.model.handle, str(path).encode())
+        if not adapter:
+            raise ModelError(
+                f"llama.cpp can't load the adapter {path}: {last_lines()}",
+                expected=f"a GGUF LoRA of {self.model.path.name}",
+                next_step="copy the bundle again, or preceptor export DOMAIN",
+            )
+        return adapter
+
+    def _free_adapter(self) -> None:
+        if self._adapter is not None:
+            with self.model.lock:
+                self._c.llama_adapter_lora_free(self._adapter)
+            self._adapter = None
+
+    def _new_context(self, parallel: int, threads: int, kv_cache: KvCache) -> Any:
+        c = self._c
+        params = c.llama_context_default_params()
         params.n_ctx = self.context * parallel
         params.n_batch = params.n_ubatch = BATCH_TOKENS
         params.n_seq_max = parallel
         params.n_threads = params.n_threads_batch = threads
         params.kv_unified = False  # each sequence has its own cells: attention never scans the others'
         params.no_perf = True
-        context = self._c.llama_init_from_model(self._model, params)
+        if kv_cache != "f16":
+            self._check_head_width(kv_cache)
+            params.type_k = params.type_v = {"q8_0": c.GGML_TYPE_Q8_0, "q4_0": c.GGML_TYPE_Q4_0}[kv_cache]
+            params.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_ENABLED  # quantized values need it
+        with self.model.lock:
+            context = c.llama_init_from_model(self.model.handle, params)
         if not context:
-            self._c.llama_model_free(self._model)
             raise ModelError(
                 f"llama.cpp can't make a context of {parallel} x {self.context} tokens: {last_lines()}",
                 expected="enough memory for the key-value cache",
                 next_step="lower [serve] parallel or [student] context in domain.toml",
             )
+        if self._adapter is not None:
+            adapters = (c.llama_adapter_lora_p_ctypes * 1)(self._adapter)
+            if c.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0)):
+                c.llama_free(context)
+                raise ModelError(f"llama.cpp can't use the adapter with {self.model.path}: {last_lines()}")
         return context
 
-    # -- text and tokens ---------------------------------------------------------------------------
-
-    @property
-    def template(self) -> str:
-        """The chat template of the file.
-
-        Raises:
-            ModelError: it has none.
-        """
-        value = self._c.llama_model_chat_template(self._model, None)
-        if not value:
+    def _check_head_width(self, kv_cache: KvCache) -> None:
+        width = self.model.head_width
+        if width % _KV_BLOCK:
             raise ModelError(
-                f"{self.path} has no chat template",
-                expected="tokenizer.chat_template in its metadata",
-                next_step="use an instruction-tuned model",
+                f"a key-value cache of {kv_cache} for heads of width {width} ({self.model.path.name})",
+                expected=f"a width that is a multiple of {_KV_BLOCK}, the block that shares a scale",
+                next_step='set [serve] kv_cache = "f16" in domain.toml',
             )
-        return bytes(value).decode("utf-8")
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens, the width of the logits."""
-        return int(self._c.llama_vocab_n_tokens(self._vocab))
-
-    @property
-    def adds_bos(self) -> bool:
-        """Whether the model wants a begin-of-sequence token before every prompt."""
-        return bool(self._c.llama_vocab_get_add_bos(self._vocab))
-
-    @property
-    def bos(self) -> str:
-        """Text of the begin-of-sequence token, empty where there is none."""
-        return self._token_text(self._c.llama_vocab_bos(self._vocab))
-
-    @property
-    def eos(self) -> str:
-        """Text of the end-of-sequence token, empty where there is none."""
-        return self._token_text(self._c.llama_vocab_eos(self._vocab))
-
-    def _token_text(self, token: int) -> str:
-        return bytes(self._c.llama_vocab_get_text(self._vocab, token)).decode("utf-8") if token >= 0 else ""
-
-    def render(self, messages: Sequence[Message], *, continue_reply: bool = False) -> str:
-        """The prompt for these messages by the file's own template, see `rag.prompt.render_chat`."""
-        return render_chat(
-            messages,
-            template=self.template,
-            bos=self.bos,
-            eos=self.eos,
-            adds_bos=self.adds_bos,
-            continue_reply=continue_reply,
-        )
-
-    def tokenize(self, text: str, *, begin: bool = True) -> list[int]:
-        """Token ids of a rendered prompt: control tokens are parsed, one BOS where the model wants it.
-
-        Args:
-            text: rendered; untrusted parts are neutralised already.
-            begin: False for a piece that continues a sequence: no BOS then.
-        """
-        data = text.encode("utf-8")
-        size = len(data) + 8
-        tokens = (self._c.llama_token * size)()
-        bos = begin and self.adds_bos
-        count = self._c.llama_tokenize(self._vocab, data, len(data), tokens, size, bos, True)
-        if count < 0:
-            raise ModelError(f"llama.cpp can't tokenize {text[:60]!r} ({count})")
-        return list(tokens[:count])
-
-    def token_id(self, text: str) -> int | None:
-        """The id of a token with exactly this text, or None where the vocabulary has no such token."""
-        found = self.tokenize(text, begin=False)
-        return found[0] if len(found) == 1 and self._token_text(found[0]) == text else None
-
-    def detokenize(self, tokens: Sequence[int]) -> str:
-        """Text of the tokens; control tokens come out empty."""
-        return b"".join(self.piece(token) for token in tokens).decode("utf-8", errors="replace")
-
-    def piece(self, token: int) -> bytes:
-        """UTF-8 bytes of one token, possibly a part of a character; empty for a control token."""
-        buffer = ctypes.create_string_buffer(256)
-        size = self._c.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
-        return buffer.raw[:size] if size > 0 else b""
-
-    def is_end(self, token: int) -> bool:
-        """Whether the token ends a reply."""
-        return bool(self._c.llama_vocab_is_eog(self._vocab, token))
 
     # -- one batch ---------------------------------------------------------------------------------
 
@@ -207,7 +164,7 @@ class Llama:
     def row(self, row: int) -> npt.NDArray[np.float32]:
         """The logits of a row, float32 [vocab_size]: a view that the next `decode` overwrites."""
         pointer = self._c.llama_get_logits_ith(self._ctx, row)
-        return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,))
+        return np.ctypeslib.as_array(pointer, shape=(self.model.vocab_size,))
 
     def forget_from(self, sequence: int, position: int = 0) -> None:
         """Drop a sequence's keys and values from ``position`` on."""
@@ -236,7 +193,8 @@ class Llama:
         self._c.llama_sampler_free(sampler)
 
     def close(self) -> None:
-        """Free context and model. To be called once."""
+        """Free context and adapter, and the model with its last context. To be called once."""
         self._c.llama_batch_free(self._batch)
         self._c.llama_free(self._ctx)
-        self._c.llama_model_free(self._model)
+        self._free_adapter()
+        self.model.release()

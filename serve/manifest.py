@@ -38,6 +38,7 @@ class Manifest(Record):
     """Written last. ``ready`` is true only after the parity gate passed.
 
     ``files`` are the bundle's files but for ``index/``, whose database changes when it is opened.
+    ``adapter`` names the GGUF LoRA that belongs to ``student.gguf``; empty where the student is one file.
     ``created`` is empty unless SOURCE_DATE_EPOCH was set: the same input gives the same bytes.
     """
 
@@ -52,6 +53,7 @@ class Manifest(Record):
     versions: dict[str, str]
     notices: list[str]
     files: dict[str, BundleFile]
+    adapter: str = ""
     created: str = ""
 
 

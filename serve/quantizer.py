@@ -6,7 +6,7 @@ import ctypes
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ def requantize(
     kind: GgufType,
     *,
     imatrix: Mapping[str, NDArray[np.float32]] | None = None,
+    outer: Literal["F16", "Q8_0"] | None = None,
     threads: int | None = None,
 ) -> None:
     """Write ``source`` again with weights in another format; the target appears whole or not at all.
@@ -34,6 +35,7 @@ def requantize(
         target: where to write; replaced when it exists.
         kind: the format.
         imatrix: per tensor name the mean squared input of each in-feature, [in]; weighs the rounding.
+        outer: the type of embedding and output matrix; None leaves the choice to llama.cpp.
         threads: default: all processors.
 
     Raises:
@@ -47,6 +49,8 @@ def requantize(
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     params.nthread = threads or os.cpu_count() or 1
     params.allow_requantize = True
+    if outer is not None:
+        params.token_embedding_type = params.output_tensor_type = getattr(llama_cpp, f"GGML_TYPE_{outer}")
     if imatrix:
         params.imatrix = table = _imatrix_table(imatrix)
         assert table  # kept alive here; the struct holds a bare pointer

@@ -21,7 +21,7 @@ from domains.errors import ConfigError, ModelError
 from serve.assistant import Assistant
 from serve.bundle import OpenBundle, open_base
 from serve.guard import MAX_BODY_BYTES
-from serve.http import create_app, make_server, serve_bundle
+from serve.http import create_app, make_server, serve_bundles
 from serve.secrets import service_token, stored_token
 from tests.small_serving import ABSTAIN, scripted_assistant, write_domain, write_index
 
@@ -37,11 +37,11 @@ class Scripted:
 
 
 @contextmanager
-def running(bundle: Any) -> Iterator[int]:
+def running(*bundles: Any) -> Iterator[int]:
     """A real server on a free loopback port; gives the port."""
     listener = socket.create_server(("127.0.0.1", 0))
     ready = threading.Event()
-    server = make_server(bundle, token=TOKEN, on_ready=ready.set)
+    server = make_server(bundles, token=TOKEN, on_ready=ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -341,7 +341,7 @@ def test_a_failure_inside_says_nothing_of_this_machine() -> None:
 
 def test_every_route_wants_the_token_but_the_health_check(scripted: int) -> None:
     assistant, _, _ = scripted_assistant(DOSE, "Brenzal")
-    app = create_app(Scripted(assistant), token=TOKEN)
+    app = create_app([Scripted(assistant)], token=TOKEN)
     routes = [route for route in app.routes if isinstance(route, APIRoute)]
     assert len(routes) == len(app.routes) == 3
     for route in routes:
@@ -349,7 +349,7 @@ def test_every_route_wants_the_token_but_the_health_check(scripted: int) -> None
         for token in (None, "", "wrong", TOKEN[:-1], TOKEN + "x", "é"):
             status, reply, headers = send(scripted, method, route.path, ASK, token=token)
             if route.path == "/healthz":
-                assert (status, reply) == (200, {"status": "ok", "model": "shelf"})
+                assert (status, reply) == (200, {"status": "ok", "models": ["shelf"]})
             else:
                 assert status == 401
                 assert headers["www-authenticate"] == "Bearer"
@@ -480,8 +480,8 @@ def test_serving_tells_its_address_and_ends_with_an_interrupt() -> None:
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        serve_bundle(
-            Scripted(assistant),
+        serve_bundles(
+            [Scripted(assistant)],
             host="localhost",
             port=0,
             token=TOKEN,
@@ -494,13 +494,13 @@ def test_serving_tells_its_address_and_ends_with_an_interrupt() -> None:
 def test_hosts_beyond_this_machine_are_refused(host: str) -> None:
     assistant, _, _ = scripted_assistant(DOSE)
     with pytest.raises(ConfigError, match="loopback"):
-        serve_bundle(Scripted(assistant), host=host, port=0, token=TOKEN, on_ready=lambda _: None)
+        serve_bundles([Scripted(assistant)], host=host, port=0, token=TOKEN, on_ready=lambda _: None)
 
 
 def test_a_taken_port_is_named(scripted: int) -> None:
     assistant, _, _ = scripted_assistant(DOSE)
     with pytest.raises(ConfigError, match=str(scripted)):
-        serve_bundle(Scripted(assistant), port=scripted, token=TOKEN, on_ready=lambda _: None)
+        serve_bundles([Scripted(assistant)], port=scripted, token=TOKEN, on_ready=lambda _: None)
 
 
 # -- the token -------------------------------------------------------------------------------------
