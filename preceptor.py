@@ -207,11 +207,23 @@ def import_(
 
 
 def _stage(
-    name: str, domain_name: str, profile: str, run_name: str, runs: Path, force: bool, as_json: bool
+    name: str,
+    domain_name: str,
+    profile: str,
+    run_name: str,
+    runs: Path,
+    force: bool,
+    as_json: bool,
+    *,
+    search: bool = False,
 ) -> None:
     from pipeline.job import run_job
 
     domain, run = _open_run(domain_name, profile, run_name, runs)
+    if search:
+        from domains.domain import with_search
+
+        domain = with_search(domain)
     with _progress(as_json) as progress:
         (outcome,) = run_job(domain, run, progress, stages=[name], force=force)
     _learn(domain, outcome)
@@ -219,6 +231,8 @@ def _stage(
         _print_json({"stage": name, "skipped": outcome.skipped, **asdict(outcome.entry)})
     else:
         _print_outcome(outcome)
+        if found := outcome.entry.facts.get("search"):
+            _print_search(found)
 
 
 @app.command(epilog="Example: `preceptor index medical`")
@@ -275,10 +289,20 @@ def train(domain: DomainName, profile: Profile = "quick", run: RunName = "", run
     _stage("train", domain, profile, run, runs, force, as_json)
 
 
-@app.command(epilog="Example: `preceptor export medical`")
-def export(domain: DomainName, profile: Profile = "quick", run: RunName = "", runs: Runs = Path("runs"), force: Force = False, as_json: AsJson = False) -> None:  # fmt: skip
+@app.command(epilog="Example: `preceptor export medical --search`")
+def export(
+    domain: DomainName,
+    profile: Profile = "quick",
+    run: RunName = "",
+    runs: Runs = Path("runs"),
+    search: Annotated[
+        bool, typer.Option("--search", help="Make every format, measure them all, serve the best.")
+    ] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
     """Merge, write GGUF, quantize, and compare the served file with the trained network."""
-    _stage("export", domain, profile, run, runs, force, as_json)
+    _stage("export", domain, profile, run, runs, force, as_json, search=search)
 
 
 @app.command(epilog="Example: `preceptor calibrate medical`")
@@ -568,6 +592,32 @@ def _print_outcome(outcome: Outcome) -> None:
     counts = ", ".join(f"{name} {value}" for name, value in outcome.entry.counts.items())
     took = "done before" if outcome.skipped else f"{outcome.entry.seconds:.0f} s"
     console.print(f"[green]✓[/] {outcome.stage} ({took}): {counts}", highlight=False)
+
+
+def _print_search(found: dict[str, Any]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("file")
+    for name in ("MB", "bits", "KL", "same top", "score", "prompt/s", "reply/s"):
+        table.add_column(name, justify="right")
+    for row in found["candidates"]:
+        score = "-" if row["exam"] is None else f"{100 * row['exam']:.0f}"
+        table.add_row(
+            ("* " if row["name"] == found["winner"] else "  ") + row["name"],
+            f"{row['bytes'] / 1e6:.0f}",
+            f"{row['block_bits_per_weight']:.2f}",
+            f"{row['kl']:.4f}",
+            f"{100 * row['top1_agreement']:.1f} %",
+            score,
+            f"{row['prompt_tokens_per_s']:.0f}",
+            f"{row['decode_tokens_per_s']:.0f}",
+        )
+    console.print(table)
+    for reason in found["reasons"]:
+        console.print(f"  {escape(reason)}", highlight=False, soft_wrap=True)
+    console.print('To keep the choice for `run`: [export] rounding = "search" in domain.toml.', markup=False)
 
 
 def _first_answer(domain: Domain, folder: Run, name: str) -> None:

@@ -3,11 +3,14 @@
     python benchmarks/distillation.py              everything, about two hours on 2 cores
     python benchmarks/distillation.py --quick      small samples, at most 15 minutes
     python benchmarks/distillation.py --json       the last line is one JSON object
-    python benchmarks/distillation.py --parts retrieval
+    python benchmarks/distillation.py --parts retrieval abstention public
     python benchmarks/distillation.py --parts students --top-k 1 --question-share 0 --keep 3
 
 Retrieval is measured on MedQuAD's answerable questions where ``--data`` has them (folders ``medquad_answerable``
-and ``medquad``), else on the domain's own corpus. Students are trained and asked on the domain's corpus: the exam
+and ``medquad``), else on the domain's own corpus; ``abstention`` asks the same set, its unanswerable questions too,
+with the student that ``students`` trained, else with the untrained model. ``public`` chooses options
+(``openstax_health``), decides yes or no (``pubmedqa``), judges support (``kqa``) and finds sections (``prd_doc_qa``),
+each where ``--data`` has it, and reports chance beside it. Students are trained and asked on the domain's corpus: the exam
 split, whose documents no training row is about. Every figure is of this machine as it is: close what else runs.
 """
 
@@ -34,20 +37,30 @@ from pipeline.base_gguf import base_gguf
 from pipeline.exam import draw_questions, exam_questions
 from pipeline.job import run_job
 from pipeline.progress import Progress
+from pipeline.public_sets_bench import (
+    answer_confidence,
+    measure_public,
+    medquad_indexes,
+    retrieval_confidence,
+)
+from pipeline.recipe import settings_of
 from pipeline.reflection_report import support_pairs
 from pipeline.retrieval_bench import measure_case
 from pipeline.retrieval_cases import Case, corpus_case, medquad_case
 from pipeline.run_folder import Run, open_run
 from pipeline.selective_report import describe_selective
-from pipeline.train import settings_of
 from rag.retrieve import open_retriever
 from serve.engine import Engine
+from serve.vote import Votes
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("retrieval", "students")
+PARTS = ("retrieval", "students", "abstention", "public")
 BACKENDS = ("text", "tokens")
+VOTES = 5  # replies a question in the arm kard_voted
 RESAMPLES = 2000
 QUICK_ROWS = 400  # of MedQuAD, to learn the reranker from
+QUICK_ASKED = 20  # of MedQuAD's test, for the student's abstention
+SHIPPED = ("medical", "product_requirements")
 QUICK = {"questions": 50, "exam": 24, "epochs": 1}
 
 
@@ -207,6 +220,11 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
             "kard": ablation.Asking(students["kard"], hybrid),
             "kard_reranked": ablation.Asking(students["kard"], reranked),
             "kard_oracle": ablation.Asking(students["kard"], oracle),
+            **(
+                {}
+                if options.quick
+                else {"kard_voted": ablation.Asking(students["kard"], hybrid, votes=Votes(VOTES))}
+            ),
             "quotes": ablation.Asking(students["quotes"], hybrid),
             "quotes_reranked": ablation.Asking(students["quotes"], reranked),
             "grader": ablation.Asking(students["quotes"], hybrid, reflect=reflecting(domain, "grader")),
@@ -231,8 +249,7 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
     return {
         "students": summary,
         "students_facts": facts,
-        "retrieval_rate": summary["tokens"].get("retrieval_rate"),
-        "support_precision": support_precision(answers["tokens"]),
+        **reflection(summary, answers),
         **abstention(questions, answers["quotes"]),
     }
 
@@ -249,6 +266,21 @@ def reflected_rows(domain: Domain, work: Path, backend: str, progress: Progress)
     run = open_run(work / "runs", domain.name, backend)
     run_job(other, run, progress, stages=("index", "elicit", "curate"))
     return ablation.rows_of(run)
+
+
+def reflection(summary: dict[str, dict[str, Any]], answers: dict[str, list[Answer | None]]) -> dict[str, Any]:
+    """Retrieval rate and support precision, of the first reflecting arm that says anything of it, and which that was."""
+    found: dict[str, Any] = {"retrieval_rate": None, "support_precision": None, "reflecting_arm": {}}
+    for arm in ("tokens", "text", "grader"):
+        values = {
+            "retrieval_rate": summary.get(arm, {}).get("retrieval_rate"),
+            "support_precision": support_precision(answers.get(arm, [])),
+        }
+        for name, value in values.items():
+            if found[name] is None and value is not None:
+                found[name] = value
+                found["reflecting_arm"][name] = arm
+    return found
 
 
 def support_precision(answers: Sequence[Answer | None]) -> float | None:
@@ -275,6 +307,58 @@ def abstention(questions: Sequence[Question], answers: Sequence[Answer | None]) 
     return {"abstention_aurc": round(arm["aurc"]["mean"], 4), "abstention": facts}
 
 
+def measure_unanswerable(options: argparse.Namespace, work: Path, progress: Progress) -> dict[str, Any]:
+    """Does retrieval, and does a student, know what MedQuAD's documents do not answer?"""
+    data: Path | None = options.data
+    folder = data / "medquad_answerable" if data else None
+    if data is None or folder is None or not (folder / f"{options.split}_questions.jsonl").is_file():
+        progress.say("no medquad_answerable in --data: left out")
+        return {}
+    domain = load_domain(options.domain, profile=options.profile)
+    trained = work / "students" / "quotes" / "student-F16.gguf"
+    model = trained if trained.is_file() else base_gguf(domain.config.student.base)
+    rows = QUICK_ROWS if options.quick else 0
+    with medquad_indexes(data, work / "retrieval", progress, split=options.split, rows=rows) as found:
+        index, learn, pairs = found
+        confidence, result = retrieval_confidence(index, learn, pairs, folder, split=options.split)
+        with Engine(model, context=domain.config.student.context, parallel=PARALLEL) as engine:
+            answered = answer_confidence(
+                index,
+                folder,
+                confidence,
+                progress,
+                split=options.split,
+                engine=engine,
+                domain=domain,
+                asked=QUICK_ASKED if options.quick else 0,
+            )
+    student = "quotes" if model == trained else "untrained"
+    return {
+        "abstention_aurc_medquad": round(result["right"]["aurc"]["mean"], 4),
+        "unanswerable": {"retrieval": result, "student": answered | {"model": student}},
+    }
+
+
+def measure_sets(options: argparse.Namespace, work: Path, progress: Progress) -> dict[str, Any]:
+    """The other public sets, with the untrained model where one is needed."""
+    if options.data is None:
+        progress.say("no --data: left out")
+        return {}
+    domains = [load_domain(name) for name in SHIPPED]
+    base = base_gguf(load_domain(options.domain).config.student.base)
+    with Engine(base, context=2048, parallel=1) as engine:
+        found = measure_public(
+            options.data,
+            domains,
+            progress,
+            split=options.split,
+            quick=options.quick,
+            engine=engine,
+            work=work,
+        )
+    return {"public": found}
+
+
 def prepared(options: argparse.Namespace, work: Path, progress: Progress) -> tuple[Domain, Run]:
     """The domain with the benchmark's sizes, and a run with index, rationales, rows and reranker."""
     domain = load_domain(options.domain, profile=options.profile)
@@ -297,7 +381,8 @@ def prepared(options: argparse.Namespace, work: Path, progress: Progress) -> tup
 
 def show(result: dict[str, Any]) -> None:
     """The figures for people."""
-    for name, metrics in {**result.get("retrieval", {}), **result.get("students", {})}.items():
+    sets = {"unanswerable": result.get("unanswerable", {}), **result.get("public", {})}
+    for name, metrics in {**result.get("retrieval", {}), **result.get("students", {}), **sets}.items():
         print(name)
         for metric, value in metrics.items():
             print(f"    {metric:24} {value}")
@@ -309,6 +394,8 @@ def show(result: dict[str, Any]) -> None:
 MEASURES: dict[str, Callable[[argparse.Namespace, Path, Progress], dict[str, Any]]] = {
     "retrieval": measure_retrieval,
     "students": measure_students,
+    "abstention": measure_unanswerable,
+    "public": measure_sets,
 }
 
 

@@ -15,6 +15,7 @@ from domains.routes import Grid, Method, complete_export, complete_train, contra
 from domains.steps import STEPS, JudgeOptions, LabelStep, Step
 
 GgufType = Literal["F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K_M"]
+Rounding = Literal["rtn", "mse", "gptq", "r2-gptq", "r1r2-gptq", "learned-gptq"]
 KvCache = Literal["f16", "q8_0", "q4_0"]
 Share = Annotated[float, Field(ge=0, le=1)]
 OnUnsupported = Literal["withdraw", "drop", "mark", "keep"]
@@ -207,6 +208,25 @@ class StudentSection(Record):
     context: Annotated[int, Field(ge=256)] = 2048
 
 
+class LeversSection(Record):
+    """What makes training fast; nothing here changes the result beyond rounding (`pipeline/levers.py` says what each is).
+
+    ``checkpointing``: ``on`` computes the forward pass twice and keeps little of it, ``auto`` does so where memory
+    is too small. ``shared_prefix``, ``last_layer``, ``fused_layers`` and ``matmul_attention`` act on CPUs.
+    """
+
+    packing: bool = True
+    supervised_head: bool = True
+    chunked_loss: bool = True
+    shared_prefix: bool = True
+    last_layer: bool = True
+    fused_layers: bool = True
+    matmul_attention: bool = True
+    cached_layers: bool = True
+    bf16: bool = True
+    checkpointing: Literal["auto", "on", "off"] = "auto"
+
+
 class TrainSection(Record):
     """How the student learns: an adapter on all linear layers of the blocks, loss on completions only.
 
@@ -218,6 +238,7 @@ class TrainSection(Record):
     1e-3 for qat, Q8_0 and 1e-3 for grid-lora.
     ``objective``: cross-entropy, or also ``kl_weight`` times the divergence from a teacher at ``kl_temperature``:
     the ``base`` before rounding, or a model with the same vocabulary.
+    ``lora_layers``: the adapter is on so many layers only, the topmost (0: all); those below run once a row.
     """
 
     method: Method = "qlora"
@@ -238,6 +259,8 @@ class TrainSection(Record):
     kl_weight: Annotated[float, Field(gt=0)] = 1.0
     kl_temperature: Annotated[float, Field(gt=0)] = 1.0
     kl_teacher: str = "base"
+    lora_layers: Annotated[int, Field(ge=0)] = 0
+    levers: LeversSection = LeversSection()
 
     @model_validator(mode="before")
     @classmethod
@@ -250,10 +273,14 @@ class ExportSection(Record):
 
     With a ``grid`` in ``[train]``, ``serve`` and ``formats`` are that grid where they are left out, and ``serve`` can be
     no other: the file holds the blocks that were trained. Every other format is made by llama.cpp's quantizer.
+    ``rounding`` says how the served file of another student gets onto its grid: by ``llama.cpp``'s quantizer; to the
+    nearest (``rtn``), with searched scales (``mse``), by GPTQ, with R2 or R1 and R2 rotated first, or with learned
+    rotations (SpinQuant); ``search`` makes all of them and more, measures them and serves the fastest that is near enough.
     """
 
     formats: list[GgufType] = ["Q8_0", "Q4_0", "Q4_K_M"]
     serve: GgufType = "Q8_0"
+    rounding: Rounding | Literal["llama.cpp", "search"] = "llama.cpp"
     imatrix_tokens: Annotated[int, Field(ge=0)] = 4096
 
 

@@ -8,7 +8,7 @@ import sys
 
 from pydantic.fields import FieldInfo
 
-from domains.config import DomainConfig
+from domains.config import DomainConfig, LeversSection
 from domains.records import Record
 from domains.steps import STEPS, JudgeOptions
 
@@ -33,6 +33,8 @@ def describe() -> str:
         parts += _rows(kind)
         if section == "elicit":
             parts += _steps()
+        if section == "train":
+            parts += [_table("[train.levers]", LeversSection), *_rows(LeversSection)]
     return "".join(parts)
 
 
@@ -70,6 +72,8 @@ def _brief(record: Record) -> dict[str, object]:
 
 
 def _allowed(field: FieldInfo) -> str:
+    if field.annotation is LeversSection:
+        return "a table, see below"
     if "domains.steps" in str(field.annotation):
         return "a table, see below" if "list" not in str(field.annotation) else "a list of tables, see below"
     kind = str(field.annotation)

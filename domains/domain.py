@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from domains.config import DomainConfig, read_config
@@ -111,6 +111,23 @@ def load_domain(name_or_path: str, *, profile: str | None = None) -> Domain:
     folder = find_domain(name_or_path)
     config = read_config(folder / "domain.toml", profile=profile)
     return Domain(folder=folder, config=config, prompts=read_prompts(folder / "prompts"))
+
+
+def with_search(domain: Domain) -> Domain:
+    """The domain with ``[export] rounding = "search"``.
+
+    Raises:
+        ConfigError: its method trains the very blocks that are served.
+    """
+    config = domain.config
+    if config.train.grid is not None:
+        raise ConfigError(
+            f"there is nothing to search for: [train] method = {config.train.method!r} trains the blocks that are served",
+            expected='method = "qlora", whose student is rounded for serving',
+            next_step=f"preceptor export {domain.argument}",
+        )
+    export = config.export.model_copy(update={"rounding": "search"})
+    return replace(domain, config=config.model_copy(update={"export": export}))
 
 
 def read_prompts(folder: Path) -> dict[str, str]:

@@ -17,10 +17,11 @@ from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
-from domains.config import ReflectSection
+from domains.config import KvCache, ReflectSection
 from domains.errors import ContextOverflow, DataError
 from domains.jsonl import read_jsonl, write_jsonl
 from domains.records import Answer, Hit, Question, Record
+from pipeline.bundle import adapter_of
 from pipeline.progress import Progress
 from rag.prompt import render_question
 from serve.assistant import Asked, Assistant, Retrieves
@@ -50,6 +51,7 @@ _CODE = (
     "serve.signals",
     "serve.engine",
     "serve.llama",
+    "serve.llama_model",
     "serve.vote",
     "rag.answers",
     "rag.citations",
@@ -84,6 +86,7 @@ class Conditions:
     context: int
     reflect: ReflectSection = field(default_factory=ReflectSection)
     votes: Votes = GREEDY
+    kv_cache: KvCache = "f16"
 
     @property
     def depth(self) -> int:
@@ -149,7 +152,8 @@ def ask_arms(
         progress.advance()
     rows = {}
     for model, group in groupby(arms, key=lambda arm: arm.model):
-        digest = sha256_file(model)
+        adapter = adapter_of(model)
+        digest = sha256_file(model) + (sha256_file(adapter) if adapter else "")
         with ExitStack() as stack:
 
             @cache

@@ -1,6 +1,7 @@
 """Writes a bundle: everything that serving needs, with its provenance, in one folder.
 
 student.gguf             the student in the format it is served in
+adapter.gguf             the part of the student that is added to it, where it was trained so (grid-lora)
 student-<TYPE>.gguf      the other formats
 index/                   passages (written by the index stage)
 domain.toml prompts/     who the assistant is; the profile that was run, resolved
@@ -36,6 +37,7 @@ from serve.manifest import (
 )
 from serve.models import sha256_file
 
+ADAPTER = "adapter.gguf"
 _PACKAGES = (
     "preceptor",
     "llama-cpp-python",
@@ -65,9 +67,15 @@ def open_bundle(bundle: Path, *, keep: Sequence[str]) -> None:
     bundle.mkdir(parents=True, exist_ok=True)
     for name in (MANIFEST, "parity.json", CALIBRATION, FITTED_REFLECTION, "report.json", "report.html"):
         (bundle / name).unlink(missing_ok=True)
-    for path in bundle.glob("student*.gguf"):
+    for path in [*bundle.glob("student*.gguf"), bundle / ADAPTER]:
         if path.name not in keep:
-            path.unlink()
+            path.unlink(missing_ok=True)
+
+
+def adapter_of(student: Path) -> Path | None:
+    """The adapter that belongs to a bundle's ``student.gguf``; None where the student is one file, or another file."""
+    path = student.with_name(ADAPTER)
+    return path if student.name == "student.gguf" and path.is_file() else None
 
 
 def close_bundle(
@@ -104,6 +112,7 @@ def close_bundle(
         versions=package_versions(),
         notices=notices,
         files=_hash_files(bundle),
+        adapter=ADAPTER if (bundle / ADAPTER).is_file() else "",
         created=_created(),
     )
     write_manifest(bundle, manifest)

@@ -21,7 +21,7 @@ from domains.config import ReflectSection
 from domains.domain import Domain
 from domains.jsonl import read_jsonl, write_jsonl, write_text_atomic
 from domains.records import Example
-from pipeline.bundle import note_files
+from pipeline.bundle import adapter_of, note_files
 from pipeline.development import PARALLEL, Row, ask_items, draw_items, judge_items, seed_questions
 from pipeline.fit import calibrate
 from pipeline.fit_reflection import fit_student
@@ -53,6 +53,9 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         "index.json": sha256_file(index / "index.json"),
         "questions": sha256_file(domain.questions) if domain.questions else "",
     }
+    adapter = adapter_of(student)
+    if adapter:
+        sources[adapter.name] = sha256_file(adapter)
     if not config.calibrate.enabled:
         _write(run.bundle, Calibration(reason="[calibrate] enabled is false", sources=sources))
         return Report(counts={"asked": 0})
@@ -68,7 +71,15 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
             seed=config.calibrate.seed,
         )
     with ExitStack() as stack:
-        engine = stack.enter_context(Engine(student, context=config.student.context, parallel=PARALLEL))
+        engine = stack.enter_context(
+            Engine(
+                student,
+                context=config.student.context,
+                parallel=PARALLEL,
+                adapter=adapter,
+                kv_cache=config.serve.kv_cache,
+            )
+        )
         reflect = _fit_reflection(domain, run, engine, seen, progress)
         if (run.bundle / FITTED_REFLECTION).is_file():
             sources[FITTED_REFLECTION] = sha256_file(run.bundle / FITTED_REFLECTION)

@@ -44,7 +44,7 @@ BILLIONS = {
     "meta-llama/Llama-3.2-1B-Instruct": 1.24,
     "meta-llama/Llama-3.2-3B-Instruct": 3.21,
 }
-BYTES_PER_WEIGHT = {"F16": 2.0, "Q8_0": 1.07, "Q4_0": 0.68, "Q4_K_M": 0.79}
+BYTES_PER_WEIGHT = {"F16": 2.0, "Q8_0": 1.07, "Q4_0": 0.68, "Q4_1": 0.74, "Q4_K_M": 0.79}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from domains.jsonl import write_text_atomic
 from domains.records import Passage, Question
 from pipeline.arms import DEPTH, PARALLEL, Arm, Conditions, Remembered, ask_arms
 from pipeline.base_gguf import base_gguf
-from pipeline.bundle import note_files
+from pipeline.bundle import adapter_of, note_files
 from pipeline.progress import Progress
 from pipeline.report import render_report
 from pipeline.run_folder import Report, Run, need
@@ -66,7 +66,13 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
             retriever=retriever,
             passages=retriever.index.passages,
             conditions=_conditions(domain, run.bundle),
-            open_engine=lambda gguf: Engine(gguf, context=config.student.context, parallel=PARALLEL),
+            open_engine=lambda gguf: Engine(
+                gguf,
+                context=config.student.context,
+                parallel=PARALLEL,
+                adapter=adapter_of(gguf),
+                kv_cache=config.serve.kv_cache,
+            ),
             resamples=config.exam.resamples,
             seed=config.exam.seed,
             not_drawn=len(pool) - len(questions),
@@ -87,6 +93,7 @@ def _conditions(domain: Domain, bundle: Path) -> Conditions:
         context=config.student.context,
         reflect=fitted(config.reflect, bundle),
         votes=Votes(config.serve.votes, config.serve.vote_temperature),
+        kv_cache=config.serve.kv_cache,
     )
 
 

@@ -1,8 +1,8 @@
 """export: the trained student as GGUF files that laptops run, and the gate that they must pass.
 
 reads    the adapter, train.jsonl (for the importance matrix), the domain's questions, the index
-writes   export/student-F16.gguf, export/imatrix.npz,
-         bundle/: student*.gguf, domain.toml, prompts/, NOTICE, parity.json, manifest.json (last)
+writes   export/student-F16.gguf, export/imatrix.npz (where something is rounded),
+         bundle/: student*.gguf, adapter.gguf (grid-lora), domain.toml, prompts/, NOTICE, parity.json, manifest.json (last)
 counts   formats = files written; prompts = replayed by the gate; positions = tokens compared there
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 from domains.config import GgufType
 from domains.domain import Domain
@@ -17,11 +19,19 @@ from domains.errors import StageError
 from domains.jsonl import read_jsonl
 from domains.records import Example, Question, Rationale
 from pipeline.bundle import close_bundle
-from pipeline.progress import Progress
+from pipeline.development import PARALLEL, ask_items, draw_items, seed_questions
+from pipeline.merge import plain_network
+from pipeline.progress import Progress, Silent
+from pipeline.recipe import settings_of
 from pipeline.replays import Turn, exam_turns
 from pipeline.run_folder import Report, Run, disk_errors, need
+from pipeline.search import HeldOut, Work, round_one, scores, search, unseen_passages
+from pipeline.student import load_student
 from pipeline.student_files import Clock, Student, pass_gate, write_formats, write_student
+from serve.engine import Engine
 from serve.manifest import BaseModelFacts
+
+_ASKED = 48  # prompts in a search, a third of them without the passages that answer
 
 
 def run(domain: Domain, run: Run, progress: Progress) -> Report:
@@ -49,21 +59,92 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         imatrix_tokens=config.export.imatrix_tokens,
         room_for=kinds,
     )
+    served, made, search = _make_served(domain, run, clock, examples)
+    kinds = list(dict.fromkeys([*kinds, served]))
     with disk_errors(run.bundle):
-        files = write_formats(run, clock, student, kinds=kinds, served=config.export.serve)
+        files = write_formats(run, clock, student, kinds=kinds, served=served, made=made)
         _write_rest(domain, run, student)
         parity = pass_gate(
             run,
             clock,
             student,
-            served=config.export.serve,
+            served=served,
             context=config.student.context,
             max_kl=config.parity.max_kl,
             min_top1=config.parity.min_top1,
+            kv_cache=config.serve.kv_cache,
         )
     facts = {"weights": student.weights, "files": files, "parity": parity.model_dump(mode="json")}
+    if student.exact is not None:
+        facts["exact"] = {"matrices": student.exact.matrices, "bits_equal": parity.bits_equal}
+    if search is not None:
+        facts["search"] = search
     counts = {"formats": len(kinds), "prompts": parity.prompts, "positions": parity.positions}
     return Report(counts=counts, facts={**facts, "seconds": clock.seconds})
+
+
+def _make_served(
+    domain: Domain, run: Run, clock: Clock, examples: Sequence[Example]
+) -> tuple[GgufType, Path | None, dict[str, Any] | None]:
+    """Type and file of what is served where ``[export] rounding`` makes it, and what a search found.
+
+    Without a file llama.cpp's quantizer makes it.
+    """
+    config = domain.config
+    how, serve = config.export.rounding, config.export.serve
+    if how == "llama.cpp":
+        return serve, None, None
+    trained = load_student(run.training, base=config.student.base)
+    work = Work(
+        network=plain_network(trained),
+        base=trained.base,
+        f16=run.export / "student-F16.gguf",
+        folder=run.export / "candidates",
+        examples=examples,
+        context=config.student.context,
+        settings=settings_of(domain),
+    )
+    with disk_errors(run.export), clock("rounding", "rounding the student"):
+        if how != "search":
+            return serve, round_one(work, how, serve, clock.progress), None
+        choice, found = search(work, _held_out(domain, run, examples), clock.progress)
+    facts = {
+        "winner": choice.winner.candidate.name,
+        "reasons": list(choice.reasons),
+        "candidates": [each.row() for each in found],
+    }
+    return choice.winner.candidate.kind, choice.winner.path, facts
+
+
+def _held_out(domain: Domain, run: Run, examples: Sequence[Example]) -> HeldOut:
+    """Text and questions that training has not seen and the exam does not ask."""
+    from rag.retrieve import open_retriever
+
+    config = domain.config
+    questions = domain.read_questions()
+    seen = {example.question_id for example in examples}
+    with open_retriever(need(run.index, stage="index"), config.retrieve, config.rerank) as retriever:
+        passages = list(retriever.index.passages)
+        items = draw_items(
+            seed_questions(questions), seen, retriever, count=_ASKED, top_k=config.retrieve.top_k, seed=0,
+        )  # fmt: skip
+    items = [item for item in items if item.part != "gold_removed"]
+
+    def score(gguf: Path) -> list[float]:
+        with Engine(gguf, context=config.student.context, parallel=PARALLEL) as engine:
+            answers = ask_items(
+                items, engine, system=domain.prompts["system"], abstain=config.domain.abstain,
+                top_k=config.retrieve.top_k, max_tokens=config.serve.max_tokens, unsupported="keep", reflector=None,
+                progress=Silent(),
+            )  # fmt: skip
+        return scores([item.question for item in items], answers, abstain=config.domain.abstain)
+
+    return HeldOut(
+        passages=unseen_passages(passages, questions, examples),
+        score=score if items else None,
+        max_kl=config.parity.max_kl,
+        min_top1=config.parity.min_top1,
+    )
 
 
 def _write_rest(domain: Domain, run: Run, student: Student) -> None:

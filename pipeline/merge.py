@@ -1,4 +1,4 @@
-"""Merges the adapter into the very weights it was trained on: NF4, read back to float32.
+"""Merges the adapter into the very weights it was trained on: NF4 (or a grid's), read back to float32.
 
 Merging into the original full-precision weights would be merging into another network: the adapter has
 learned to make up for NF4's rounding (spec of QLoRA, arXiv 2305.14314). PEFT's own merge rounds the sum to
@@ -13,6 +13,17 @@ from domains.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
+
+    from pipeline.methods.method import Trained
+
+
+def plain_network(trained: Trained) -> Any:
+    """A trained student as one ordinary network: merged, unless its adapter lies in the weights already.
+
+    Takes ``trained.network`` apart, see `merge_adapter`.
+    """
+    inside = bool(trained.packed) and not trained.low_rank
+    return trained.network if inside else merge_adapter(trained.network)
 
 
 def merge_adapter(model: Any) -> Any:

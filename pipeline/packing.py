@@ -2,8 +2,8 @@
 
 A pack is a plain concatenation: no padding, positions that restart with every row, and attention that never
 crosses from one row into another ("packing" without cross-contamination, arXiv 2107.02027). Attention runs
-row by row through PyTorch's fused kernel; a mask over the whole pack would compute the pairs between rows
-only to throw them away.
+row by row; a mask over the whole pack would compute the pairs between rows only to throw them away. What all rows of
+a pack begin with (the system prompt) is computed once.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from typing import Any
 import torch
 
 from domains.records import Example
+from pipeline.layer_cache import LayerCache
+from pipeline.layout import IGNORED, layout_of
+from pipeline.levers import Levers
+from pipeline.packed_forward import attend_packed, hidden_of, no_mask
 from pipeline.student import Base, encode_completion, encode_prompt, render_prompt
 
-IGNORED = -100  # torch's label for "no loss here"
 ATTENTION = "preceptor_packed"
+_LEVERS = Levers()
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,11 @@ class Pack:
     def bounds(self) -> list[tuple[int, int]]:
         """Per row its first token and the one after its last."""
         return list(pairwise(accumulate((len(row.ids) for row in self.rows), initial=0)))
+
+    @property
+    def singles(self) -> list[Pack]:
+        """Every row in a pack of its own."""
+        return [Pack((row,)) for row in self.rows]
 
     @property
     def supervised(self) -> int:
@@ -166,16 +175,18 @@ def pack(rows: Sequence[Row], pack_tokens: int, *, seed: int, epoch: int) -> lis
 
 
 def use_packed_attention(model: Any) -> None:
-    """Let a Llama model attend within ``bounds`` (a keyword of its forward pass) only."""
+    """Let a Llama model attend as a `pipeline.layout.Layout` (a keyword of its forward pass) says."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(ATTENTION, _attend)
-    AttentionMaskInterface.register(ATTENTION, _no_mask)
+    AttentionInterface.register(ATTENTION, attend_packed)
+    AttentionMaskInterface.register(ATTENTION, no_mask)
     model.set_attn_implementation(ATTENTION)
 
 
-def pack_hidden(network: Any, packed: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+def pack_hidden(
+    network: Any, packed: Pack, levers: Levers = _LEVERS, below: LayerCache | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The hidden states that predict supervised tokens, and these tokens.
 
     The head is not applied: with a prompt of passages most of its work would be thrown away.
@@ -183,50 +194,17 @@ def pack_hidden(network: Any, packed: Pack) -> tuple[torch.Tensor, torch.Tensor]
     Args:
         network: a ``LlamaForCausalLM`` with `use_packed_attention`.
         packed: what to run.
+        levers: how. Without ``supervised_head``, all tokens count, and `IGNORED` ones are among the targets.
+        below: what frozen layers gave for these rows.
 
     Returns:
         [supervised, hidden], [supervised].
     """
-    device = network.device
-    labels = packed.labels
-    (places,) = torch.nonzero(labels != IGNORED, as_tuple=True)
-    hidden = network.model(
-        input_ids=packed.input_ids[None].to(device),
-        position_ids=packed.position_ids[None].to(device),
-        use_cache=False,
-        bounds=packed.bounds,
-    ).last_hidden_state[0]
-    return hidden[(places - 1).to(device)], labels[places].to(device)
-
-
-def _attend(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    _mask: None,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
-    bounds: Sequence[tuple[int, int]],
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention within each row. query [1, heads, tokens, width]; key, value with fewer heads."""
-    groups = module.num_key_value_groups
-    parts = []
-    for start, end in bounds:
-        rows = slice(start, end)
-        part = torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, rows],
-            key[:, :, rows].repeat_interleave(groups, dim=1),
-            value[:, :, rows].repeat_interleave(groups, dim=1),
-            is_causal=True,
-            scale=scaling,
-            dropout_p=dropout,
-        )
-        parts.append(part.transpose(1, 2))
-    return torch.cat(parts, dim=1), None
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Rows are told apart by ``bounds``."""
+    share = levers.shared_prefix and levers.matmul_attention and network.device.type == "cpu"
+    layout = layout_of(
+        packed,
+        share=share and levers.packing,
+        padded=not levers.packing,
+        everywhere=not levers.supervised_head,
+    )
+    return hidden_of(network, packed, layout, levers, below), layout.targets.to(network.device)

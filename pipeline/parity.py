@@ -8,6 +8,11 @@ served file differ too much, the step with the fault is named and the bundle doe
     merge              training network (NF4 + LoRA)    -> merged network
     GGUF               merged network                   -> F16 file in llama.cpp
     quantize           F16 file                         -> served file
+
+Where the blocks themselves were trained, nothing is merged or rounded, and two steps take the place of these three:
+
+    blocks             training network                 -> the served file's bytes, all of them equal
+    GGUF               training network                 -> served file in llama.cpp
 """
 
 from __future__ import annotations
@@ -19,19 +24,20 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from domains.config import GgufType
+from domains.config import GgufType, KvCache
 from domains.errors import ParityError
 from domains.records import Message, Record
 from serve.engine import Engine
 
 Logits = NDArray[np.float32]
-StepName = Literal["prompt rendering", "token ids", "merge", "GGUF", "quantize"]
+StepName = Literal["prompt rendering", "token ids", "merge", "blocks", "GGUF", "quantize"]
 
 _WORST = 1000.0  # nats; also stands for logits that are no numbers
 _NEXT: dict[StepName, str] = {
     "prompt rendering": "give the base the chat template it is trained with, then preceptor export DOMAIN",
     "token ids": "use a base whose tokenizer llama.cpp knows ([student] base), then preceptor run DOMAIN",
     "merge": "preceptor train DOMAIN, then preceptor export DOMAIN",
+    "blocks": "preceptor export DOMAIN --force; if it stays, report it as a bug",
     "GGUF": "preceptor export DOMAIN --force; if it stays, report the base model's name as a bug",
     "quantize": "serve a wider format ([export] serve = \"Q8_0\"), or allow more with [parity] max_kl and min_top1",
 }  # fmt: skip
@@ -59,7 +65,11 @@ class Gap(Record):
 
 
 class Parity(Record):
-    """What the gate found; ``parity.json``. ``kl`` is KL(training network || served file)."""
+    """What the gate found; ``parity.json``. ``kl`` is KL(training network || served file).
+
+    ``bits_equal``: the served file's blocks are those of the training network, bit for bit; None where these are merged
+    and rounded, and no such thing is promised.
+    """
 
     ready: bool
     served: GgufType
@@ -72,6 +82,7 @@ class Parity(Record):
     steps: dict[StepName, Gap]
     broken: StepName | None
     problem: str
+    bits_equal: bool | None = None
 
 
 class Network(Protocol):
@@ -130,34 +141,42 @@ def check_parity(
     replays: Sequence[Replay],
     *,
     training: Sequence[Logits],
-    merged: Sequence[Logits],
-    f16: Path,
+    merged: Sequence[Logits] | None,
+    f16: Path | None,
     served: Path,
     served_kind: GgufType,
     context: int,
     max_kl: float,
     min_top1: float,
     on_done: Callable[[], None] | None = None,
+    adapter: Path | None = None,
+    kv_cache: KvCache = "f16",
+    strangers: Sequence[str] | None = None,
 ) -> Parity:
     """Compare the training network with the served file, step by step.
 
     Args:
         replays: the prompts, at least one.
         training: `replay_logits` of the network as it was trained.
-        merged: `replay_logits` of the merged network.
-        f16: the merged network as a GGUF file.
+        merged: `replay_logits` of the merged network; None where nothing is merged.
+        f16: the merged network as a GGUF file; None where nothing is merged.
         served: the file that users get.
         served_kind: its format.
         context: tokens that the longest replay may have.
         max_kl: most nats per position between training network and served file.
         min_top1: least share of positions with the same most likely token.
         on_done: called after each replay of each file.
+        adapter: of the served file, where the student is two files.
+        kv_cache: how keys and values are kept where the file is served.
+        strangers: the matrices whose bytes in the served file are not those that were trained; None where none are
+            promised.
     """
-    networks: list[tuple[StepName, Sequence[Logits]]] = [("merge", merged)]
-    broken: tuple[StepName, str] | None = None
-    files: list[tuple[StepName, Path]] = [("GGUF", f16), ("quantize", served)]
+    networks: list[tuple[StepName, Sequence[Logits]]] = [("merge", merged)] if merged is not None else []
+    broken = _compare_blocks(strangers or ())
+    files: list[tuple[StepName, Path]] = [("GGUF", f16), ("quantize", served)] if f16 else [("GGUF", served)]
     for step, path in files:
-        with Engine(path, context=context, parallel=1) as engine:
+        kept: KvCache = kv_cache if path == served else "f16"
+        with Engine(path, context=context, parallel=1, adapter=adapter, kv_cache=kept) as engine:
             broken = broken or _compare_prompts(engine, replays)
             if broken is None:
                 networks.append((step, replay_logits(engine.logits, replays, on_done)))
@@ -180,6 +199,16 @@ def check_parity(
         steps=steps,
         broken=broken[0] if broken else None,
         problem=broken[1] if broken else "",
+        bits_equal=None if strangers is None else not strangers,
+    )
+
+
+def _compare_blocks(strangers: Sequence[str]) -> tuple[StepName, str] | None:
+    if not strangers:
+        return None
+    return (
+        "blocks",
+        f"{len(strangers)} matrices of the served file are not the trained ones, first {strangers[0]!r}",
     )
 
 

@@ -9,7 +9,6 @@ which is another network than the trained one. `attach_lora` gives every layer i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.levers import free_memory
 from pipeline.quiet_libraries import known_peft_warnings, quiet_bitsandbytes
 
 BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -29,11 +29,14 @@ def training_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def training_dtype() -> torch.dtype:
-    """bfloat16 where the hardware multiplies it (CUDA, or AVX512-BF16), else float32."""
+def training_dtype(*, bf16: bool = True) -> torch.dtype:
+    """bfloat16 where it is allowed and the hardware multiplies it (CUDA, AVX512-BF16 or AMX), else float32."""
+    if not bf16:
+        return torch.float32
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
+    found = torch.cpu.get_capabilities()
+    return torch.bfloat16 if found.get("avx512_bf16") or found.get("amx_bf16") else torch.float32
 
 
 def quantize_nf4(model: Any, *, keep_quantized: bool | None = None) -> bool:
@@ -55,7 +58,7 @@ def quantize_nf4(model: Any, *, keep_quantized: bool | None = None) -> bool:
     linears = [(path, m) for path, m in model.model.layers.named_modules() if isinstance(m, nn.Linear)]
     if keep_quantized is None:
         size = sum(linear.weight.numel() * linear.weight.element_size() for _, linear in linears)
-        keep_quantized = device.type == "cuda" or size > _KEPT_SHARE * _free_memory()
+        keep_quantized = device.type == "cuda" or size > _KEPT_SHARE * free_memory()
     for path, linear in linears:
         dtype = linear.weight.dtype
         rounded = Linear4bit(
@@ -86,12 +89,19 @@ def dequantized_base_weight(layer: Any) -> torch.Tensor:
 
     Takes a ``Linear4bit``, or the plain layer that `quantize_nf4` left, whose weight already is that number.
     """
-    weight: torch.Tensor = _base_weight(layer, layer.compute_dtype if _is_4bit(layer) else layer.weight.dtype)
+    weight: torch.Tensor = base_weight(layer, layer.compute_dtype if _is_4bit(layer) else layer.weight.dtype)
     return weight.detach().float()
 
 
 def attach_lora(
-    model: Any, *, rank: int, alpha: float, dropout: float, seed: int, token_rows: Sequence[int] = ()
+    model: Any,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    seed: int,
+    token_rows: Sequence[int] = (),
+    layers: int = 0,
 ) -> Any:
     """LoRA on every linear layer of the blocks; the adapter's own weights are float32.
 
@@ -103,6 +113,7 @@ def attach_lora(
         seed: of its first values.
         token_rows: ids whose rows of the embedding and of the head are trained too (one and the same row where
             these are tied): a new token's row would stay as it was put there under LoRA alone.
+        layers: only so many layers, the topmost; 0 = all.
 
     Returns:
         A PEFT model; only the adapter is trainable.
@@ -114,6 +125,8 @@ def attach_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=list(BLOCK_LINEARS),
+        layers_to_transform=_topmost(model, layers) if layers else None,
+        layers_pattern="layers" if layers else None,
         bias="none",
         task_type="CAUSAL_LM",
         trainable_token_indices=_trained_rows(model, token_rows) if token_rows else None,
@@ -122,6 +135,11 @@ def attach_lora(
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     return own_forward(adapted)
+
+
+def _topmost(model: Any, layers: int) -> list[int]:
+    count = model.config.num_hidden_layers
+    return list(range(max(0, count - layers), count))
 
 
 def _trained_rows(model: Any, ids: Sequence[int]) -> dict[str, list[int]]:
@@ -174,12 +192,24 @@ def _rows_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.where(hits.any(-1, keepdim=True), ours, y)
 
 
+def is_plain_lora(layer: Any) -> bool:
+    """Whether a layer is `own_forward`'s LoRA, with one adapter and nothing random in it now."""
+    forward = vars(layer).get("forward")
+    if getattr(forward, "func", None) is not _lora_forward:
+        return False
+    if layer.disable_adapters or layer.merged:
+        return True
+    names = layer.active_adapters
+    dropout = layer.lora_dropout[names[0]]
+    return len(names) == 1 and not (layer.training and isinstance(dropout, nn.Dropout))
+
+
 def _lora_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """Base and adapter together: x Wᵀ + scaling · x Aᵀ Bᵀ, x being [..., in]."""
     base = layer.get_base_layer()
     bias = None if base.bias is None else base.bias.to(x.dtype)
     if layer.disable_adapters or layer.merged:
-        return nn.functional.linear(x, _base_weight(base, x.dtype), bias)
+        return nn.functional.linear(x, base_weight(base, x.dtype), bias)
     (name,) = layer.active_adapters
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     dropout = layer.lora_dropout[name]
@@ -207,7 +237,7 @@ class _LoraMatmul(torch.autograd.Function):
         source = x if dropped is None else dropped
         flat = source.reshape(-1, source.shape[-1])
         low = flat @ a.to(x.dtype).T  # [tokens, rank]
-        y = x.reshape(flat.shape) @ _base_weight(base, x.dtype).T
+        y = x.reshape(flat.shape) @ base_weight(base, x.dtype).T
         y.addmm_(low, b.to(x.dtype).T, alpha=scaling)
         ctx.save_for_backward(flat, low, a, b)
         ctx.base, ctx.scaling, ctx.dropped = base, scaling, dropped is not None
@@ -220,7 +250,7 @@ class _LoraMatmul(torch.autograd.Function):
         d_low = (dy @ b.to(dy.dtype)).mul_(ctx.scaling)
         d_a = (d_low.T @ flat).to(a.dtype)
         d_b = (dy.T @ low).to(b.dtype).mul_(ctx.scaling)
-        dx = dy @ _base_weight(ctx.base, dy.dtype)
+        dx = dy @ base_weight(ctx.base, dy.dtype)
         through_adapter = a.to(dy.dtype)
         d_dropped = None
         if ctx.dropped:
@@ -230,7 +260,8 @@ class _LoraMatmul(torch.autograd.Function):
         return dx.view(*grads[0].shape[:-1], -1), d_dropped, None, d_a, d_b, None
 
 
-def _base_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+def base_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers that a base layer multiplies with, [out, in] in ``dtype``."""
     if not _is_4bit(layer):
         plain: torch.Tensor = layer.weight
         return plain.to(dtype)
@@ -246,13 +277,3 @@ def _read_back(layer: Any, dtype: torch.dtype) -> torch.Tensor:
 
 def _is_4bit(layer: Any) -> bool:
     return getattr(layer.weight, "quant_state", None) is not None
-
-
-def _free_memory() -> int:
-    """Bytes that a process may still take without swapping."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        for line in meminfo.read_text("utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

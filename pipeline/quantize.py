@@ -19,11 +19,12 @@ _FAMILY: dict[GgufType, frozenset[str]] = {
     "F16": frozenset({"F16", "F32"}),
     "Q8_0": frozenset({"Q8_0", "F32"}),
     "Q4_0": frozenset({"Q4_0", "Q4_1", "Q6_K", "F32"}),
+    "Q4_1": frozenset({"Q4_1", "Q6_K", "F32"}),
     "Q4_K_M": frozenset({"Q4_K", "Q5_K", "Q6_K", "F32"}),
 }
 # Mean over all tensors of Llama models of 0.1 to 3 billion weights, the fallbacks of odd widths included:
 # for the estimate of disk space.
-BITS_PER_WEIGHT: dict[GgufType, float] = {"F16": 16.0, "Q8_0": 8.6, "Q4_0": 5.6, "Q4_K_M": 6.5}
+BITS_PER_WEIGHT: dict[GgufType, float] = {"F16": 16.0, "Q8_0": 8.6, "Q4_0": 5.6, "Q4_1": 6.0, "Q4_K_M": 6.5}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,12 @@ def quantize(
         ModelError: the source is damaged, or llama.cpp refuses.
     """
     requantize(source, target, kind, imatrix=imatrix)
-    facts = check_gguf(target)
+    return describe_file(target, kind)
+
+
+def describe_file(path: Path, kind: GgufType) -> QuantizeReport:
+    """What a file in the format ``kind`` holds."""
+    facts = check_gguf(path)
     return QuantizeReport(
         asked=kind,
         size_bytes=facts.size_bytes,

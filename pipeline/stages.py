@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from domains.domain import PROMPTS, Domain
+from pipeline.bundle import adapter_of
 from pipeline.run_folder import Run
 from serve.manifest import CALIBRATION
 
@@ -59,6 +60,69 @@ STRATEGIES = (
     *("pipeline.strategies.critic_loop", "pipeline.strategies.label", "pipeline.strategies.orca"),
     *("pipeline.strategies.explain_options", "pipeline.strategies.generate_questions"),
     *("pipeline.strategies.critique_revise", "pipeline.strategies.rate"),
+)
+# llama.cpp's grids, and a GGUF file's own blocks on them.
+GRIDS = (
+    "pipeline.grids.blocks", "pipeline.grids.layout", "pipeline.grids.library", "pipeline.grids.rounding",
+    "pipeline.grids.search", "pipeline.gguf_tensors", "pipeline.gguf_names",
+)  # fmt: skip
+
+# What makes a training step fast.
+LEVERS = (
+    *("pipeline.levers", "pipeline.layout", "pipeline.packed_forward", "pipeline.row_attention"),
+    *("pipeline.fused_layer", "pipeline.linear_group", "pipeline.layer_cache", "pipeline.completion_loss"),
+)
+# How a student is trained and brought back; which method does is config.
+METHODS = (
+    *(
+        "pipeline.methods.registry",
+        "pipeline.methods.method",
+        "pipeline.methods.qlora",
+        "pipeline.methods.qalora",
+    ),
+    *(
+        "pipeline.methods.qat",
+        "pipeline.methods.grid_lora",
+        "pipeline.methods.inside",
+        "pipeline.methods.rules",
+    ),
+    *("pipeline.methods.block_linear", "pipeline.methods.grid_base", "pipeline.methods.adapter_files"),
+    *("pipeline.methods.peft_files",),
+)
+
+# How `[export] rounding` gets a student onto a grid, and how a search measures what came of it.
+ROUNDING = (
+    *(
+        "pipeline.search",
+        "pipeline.candidates",
+        "pipeline.choose_format",
+        "pipeline.roundings",
+        "pipeline.retrain",
+    ),
+    *(
+        "pipeline.gptq",
+        "pipeline.compensate",
+        "pipeline.hadamard",
+        "pipeline.rotate",
+        "pipeline.cayley",
+        "pipeline.spin",
+    ),
+    *("pipeline.spin_error", "pipeline.spin_forward", "pipeline.layer_inputs", "pipeline.next_token_kl"),
+    *(
+        "pipeline.fidelity",
+        "pipeline.speed",
+        "pipeline.bootstrap",
+        "pipeline.metrics",
+        "pipeline.development",
+    ),
+    *(
+        "pipeline.recipe",
+        "pipeline.objective",
+        "pipeline.training_loop",
+        "pipeline.checkpoint",
+        "pipeline.packing",
+    ),
+    "pipeline.methods.block_group",
 )
 
 STAGES = (
@@ -129,9 +193,10 @@ STAGES = (
         sections=("student", "train", "reflect.backend"),
         prompts=(),
         code=(
-            "pipeline.train", "pipeline.train_split", "pipeline.training_loop", "pipeline.checkpoint", "pipeline.packing", "pipeline.qlora",
+            *METHODS, "pipeline.methods.block_group", "pipeline.objective", "pipeline.recipe", "pipeline.train", "pipeline.train_split", "pipeline.training_loop", "pipeline.checkpoint", "pipeline.packing", "pipeline.qlora",
+            *LEVERS,
             "pipeline.student", "pipeline.unpack", "pipeline.token_rows", "rag.prompt", "rag.untrusted",
-            "rag.reflection",
+            "rag.reflection", *GRIDS,
         ),
     ),
     Stage(
@@ -142,8 +207,8 @@ STAGES = (
         sections=("domain", "student", "retrieve", "export", "parity", "serve", "rerank", "reflect"),
         prompts=("system",),
         code=(
-            "pipeline.export", "pipeline.student_files", "pipeline.replays", "pipeline.merge", "pipeline.qlora",
-            "pipeline.student", "pipeline.gguf_writer", "pipeline.gguf_vocabulary", "pipeline.imatrix",
+            *METHODS, "pipeline.exact_files", "pipeline.export", "pipeline.student_files", "pipeline.replays", "pipeline.merge", "pipeline.qlora", *LEVERS, *ROUNDING,
+            "pipeline.student", "pipeline.gguf_writer", "pipeline.gguf_lora", "pipeline.gguf_vocabulary", "pipeline.imatrix", *GRIDS,
             "pipeline.quantize", "pipeline.bundle", "pipeline.parity", "pipeline.rows", "pipeline.verify",
             "pipeline.wording", "pipeline.unpack", "pipeline.token_rows", "rag.reflection", "rag.verdicts",
             "serve.engine", "serve.llama", "serve.llama_model", "domains.words", "domains.checks",
@@ -199,7 +264,7 @@ def paths_of(what: str, domain: Domain, run: Run) -> list[Path]:
         "reranker": [run.rerank / "result.json"],  # holds hashes of what lies in the bundle
         "adapter": [run.training / "adapter"],
         "merged": [run.export / "student-F16.gguf"],
-        "served": [run.bundle / "student.gguf"],
+        "served": [run.bundle / "student.gguf", adapter_of(run.bundle / "student.gguf")],
         "manifest": [run.bundle / "manifest.json"],
         "calibration": [run.bundle / CALIBRATION],  # names the hash of reflection.json
         "report": [run.bundle / "report.json", run.bundle / "report.html"],

@@ -23,6 +23,8 @@ from serve.models import SMOLLM2, check_base, packaged_gguf, sha256_file
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.methods.method import Trained
+
 _MARK = "reply-8f2c"
 
 
@@ -116,24 +118,29 @@ def encode_completion(base: Base, text: str) -> list[int]:
 
 
 def load_trained(training: Path, *, base: str) -> tuple[Any, Base]:
-    """The network as it was trained (NF4 base + LoRA), in eval mode, computing in float32.
+    """The network as it was trained, in eval mode, computing in float32; see `load_student`.
 
-    The base's weights are rounded to NF4 and kept in the type that training computed with, as training did,
-    then widened: the weights are those of training, free of bfloat16's rounding of intermediate results.
+    Returns:
+        The network (a PEFT model where the adapter lies beside the base), and the base with its tokenizer (its
+        ``model`` now lies inside the network).
+    """
+    trained = load_student(training, base=base)
+    return trained.network, trained.base
+
+
+def load_student(training: Path, *, base: str) -> Trained:
+    """A trained student with what its method promises of the served file.
 
     Args:
         training: the train stage's folder, with ``network.json`` and ``adapter/``.
         base: what ``network.json`` was trained from.
-
-    Returns:
-        The PEFT model, and the base with its tokenizer (its ``model`` now lies inside the PEFT model).
 
     Raises:
         ModelError: the base is missing, or other weights than those trained on; or there is no adapter.
     """
     import torch
 
-    from pipeline.qlora import load_adapter, quantize_nf4
+    from pipeline.methods.registry import method_of
 
     path = training / "network.json"
     if not path.is_file() or not (training / "adapter" / "adapter_config.json").is_file():
@@ -143,7 +150,8 @@ def load_trained(training: Path, *, base: str) -> tuple[Any, Base]:
             next_step="preceptor train DOMAIN",
         )
     network = json.loads(path.read_text("utf-8"))
-    loaded = load_base(base, dtype=getattr(torch, network["dtype"]))
+    method = method_of(network.get("method", "qlora"), network.get("grid"))
+    loaded = load_base(base, dtype=method.base_dtype(getattr(torch, network["dtype"])))
     if loaded.version != network["base_version"]:
         raise ModelError(
             f"the base {base!r} now is {loaded.version}",
@@ -154,9 +162,7 @@ def load_trained(training: Path, *, base: str) -> tuple[Any, Base]:
         from pipeline.token_rows import add_reflection_tokens
 
         add_reflection_tokens(loaded)
-    quantize_nf4(loaded.model, keep_quantized=False)
-    adapted = load_adapter(loaded.model, training / "adapter").float().eval()
-    return adapted, loaded
+    return method.load(training / "adapter", loaded)
 
 
 def dequantized_base_weight(layer: Any) -> torch.Tensor:

@@ -10,20 +10,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from domains.config import GgufType
+from domains.config import GgufType, KvCache
 from domains.jsonl import write_text_atomic
 from domains.records import Example
-from pipeline.bundle import is_meta_llama, mark_ready, open_bundle, student_file
+from pipeline.bundle import ADAPTER, adapter_of, is_meta_llama, mark_ready, open_bundle, student_file
+from pipeline.exact_files import find_strangers, share_base, write_adapter, write_exact
 from pipeline.gguf_writer import write_llama_gguf
 from pipeline.imatrix import Imatrix, collect_imatrix, write_imatrix
-from pipeline.merge import merge_adapter
+from pipeline.merge import plain_network
+from pipeline.methods.method import Trained
 from pipeline.parity import Logits, Parity, Replay, check_parity, replay_logits, require, torch_network
 from pipeline.progress import Progress
-from pipeline.quantize import BITS_PER_WEIGHT, QuantizeReport, quantize
+from pipeline.quantize import BITS_PER_WEIGHT, QuantizeReport, describe_file, quantize
 from pipeline.replays import Turn, make_replay
 from pipeline.run_folder import Run, check_space, disk_errors
-from pipeline.student import Base, encode_completion, encode_prompt, load_trained, render_prompt
+from pipeline.student import Base, encode_completion, encode_prompt, load_student, render_prompt
 from serve.models import SMOLLM2, packaged_gguf
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The files of a student whose blocks were trained, not yet in the bundle.
+
+    ``strangers`` are the matrices of ``student`` that, read back, are not those that were trained: none, or the gate
+    does not open. ``adapter`` is None where the student is one file.
+    """
+
+    kind: GgufType
+    student: Path
+    adapter: Path | None
+    matrices: int
+    strangers: list[str]
 
 
 @dataclass(frozen=True)
@@ -33,9 +50,10 @@ class Student:
     base: Base
     replays: list[Replay]
     training: list[Logits]
-    merged: list[Logits]
+    merged: list[Logits] | None
     imatrix: Imatrix | None
     weights: int
+    exact: Exact | None = None
 
 
 @dataclass
@@ -65,7 +83,9 @@ def write_student(
     imatrix_tokens: int,
     room_for: Sequence[GgufType],
 ) -> Student:
-    """Merge the adapter and write the student in F16; torch holds one network at a time.
+    """Write the student: in F16, and exactly where its very blocks were trained.
+
+    The adapter is merged first, unless it lies in the blocks already. Torch holds one network at a time.
 
     Args:
         run: whose adapter is read and whose export folder is written.
@@ -79,51 +99,105 @@ def write_student(
     """
     progress = clock.progress
     with clock("load", "loading the trained student"):
-        model, loaded = load_trained(run.training, base=base)
+        trained = load_student(run.training, base=base)
+    loaded = trained.base
     replays = [make_replay(loaded, turn) for turn in turns]
     with clock("replay_trained", "replaying prompts through the trained network", len(replays)):
-        training = replay_logits(torch_network(model), replays, progress.advance)
+        training = replay_logits(torch_network(trained.network), replays, progress.advance)
     with clock("merge", "merging the adapter"):
-        network = merge_adapter(model)
-    del model
+        network = plain_network(trained)
     weights = sum(parameter.numel() for parameter in network.parameters())
     check_space(
         run.folder, int(weights / 8 * sum(BITS_PER_WEIGHT[kind] for kind in ("F16", "F16", *room_for)))
     )
-    with clock("replay_merged", "replaying prompts through the merged network", len(replays)):
-        merged = replay_logits(torch_network(network), replays, progress.advance)
+    merged = None
+    if not trained.packed:
+        with clock("replay_merged", "replaying prompts through the merged network", len(replays)):
+            merged = replay_logits(torch_network(network), replays, progress.advance)
     with disk_errors(run.export):
         with clock("write", "writing the student in F16"):
             write_f16(run.export / "student-F16.gguf", network, loaded, title=title)
-        imatrix = None
-        if imatrix_tokens:
-            with clock("imatrix", "measuring the importance matrix", imatrix_tokens):
-                rows = _rows(loaded, examples)
-                imatrix = collect_imatrix(
-                    network, rows, max_tokens=imatrix_tokens, on_tokens=progress.advance
-                )
-                write_imatrix(run.export / "imatrix.npz", imatrix)
-    del network
+        exact = None
+        if trained.packed:
+            with clock("write_exact", "writing the trained blocks"):
+                exact = _write_exact(run.export, network, trained, title=title)
+        rounds = {*room_for} - {exact.kind if exact else None}
+        imatrix = _measure(run.export, clock, network, _rows(loaded, examples), imatrix_tokens * bool(rounds))
+    del network, trained
     gc.collect()
-    return Student(loaded, replays, training, merged, imatrix, weights)
+    return Student(loaded, replays, training, merged, imatrix, weights, exact)
+
+
+def _measure(
+    folder: Path, clock: Clock, network: Any, rows: Iterator[list[int]], tokens: int
+) -> Imatrix | None:
+    """The importance matrix for what will be rounded, kept in ``folder``; none where ``tokens`` is 0."""
+    path = folder / "imatrix.npz"
+    path.unlink(missing_ok=True)
+    if not tokens:
+        return None
+    with clock("imatrix", "measuring the importance matrix", tokens):
+        imatrix = collect_imatrix(network, rows, max_tokens=tokens, on_tokens=clock.progress.advance)
+        write_imatrix(path, imatrix)
+    return imatrix
+
+
+def _write_exact(folder: Path, network: Any, trained: Trained, *, title: str) -> Exact:
+    """The served files, in ``folder`` until the bundle is opened."""
+    assert trained.grid is not None  # wherever something is packed
+    student, adapter = folder / "exact.gguf", None
+    name = named(title, trained.base)
+    if trained.low_rank:
+        # The base's own name: domains that share it get the same bytes.
+        adapter, name = folder / ADAPTER, trained.base.name
+        write_adapter(adapter, network, trained, name=named(title, trained.base))
+    write_exact(student, network, trained, grid=trained.grid, name=name)
+    strangers = find_strangers(student, trained.packed, network.config)
+    return Exact(trained.grid, student, adapter, len(trained.packed), strangers)
 
 
 def write_formats(
-    run: Run, clock: Clock, student: Student, *, kinds: Sequence[GgufType], served: GgufType
+    run: Run,
+    clock: Clock,
+    student: Student,
+    *,
+    kinds: Sequence[GgufType],
+    served: GgufType,
+    made: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Quantize into the bundle; facts per format. The bundle is without a manifest from here on."""
+    """Quantize into the bundle; facts per format. The bundle is without a manifest from here on.
+
+    ``made`` is the file to serve where it was made already; it is moved.
+    """
     names = {kind: student_file(kind, served=served) for kind in kinds}
-    open_bundle(run.bundle, keep=list(names.values()))
+    exact = student.exact
+    open_bundle(run.bundle, keep=[*names.values(), *([ADAPTER] if exact and exact.adapter else [])])
     files: dict[str, dict[str, Any]] = {}
     with clock("quantize", "quantizing", len(kinds)):
         for kind, name in names.items():
-            report = quantize(
-                run.export / "student-F16.gguf", run.bundle / name, kind=kind, imatrix=student.imatrix
-            )
-            clock.progress.say(report.describe())
+            target = run.bundle / name
+            if exact and kind == exact.kind:
+                report = _place_exact(run, exact, target)
+            elif made and kind == served:
+                made.replace(target)
+                report = describe_file(target, kind)
+            else:
+                source = run.export / "student-F16.gguf"
+                report = quantize(source, target, kind=kind, imatrix=student.imatrix)
+            rounded = "; rounded from the trained blocks, so no longer exactly these"
+            clock.progress.say(report.describe() + (rounded if exact and kind != exact.kind else ""))
             clock.progress.advance()
             files[kind] = {"file": name, **_file_facts(report)}
     return files
+
+
+def _place_exact(run: Run, exact: Exact, target: Path) -> QuantizeReport:
+    if exact.adapter:
+        exact.adapter.replace(run.bundle / ADAPTER)
+        share_base(exact.student, target, runs=run.folder.parent.parent)
+    else:
+        exact.student.replace(target)
+    return describe_file(target, exact.kind)
 
 
 def pass_gate(
@@ -135,6 +209,7 @@ def pass_gate(
     context: int,
     max_kl: float,
     min_top1: float,
+    kv_cache: KvCache = "f16",
 ) -> Parity:
     """The parity gate on the bundle's ``student.gguf``; writes ``parity.json`` and the manifest's verdict.
 
@@ -146,8 +221,11 @@ def pass_gate(
             student.replays,
             training=student.training,
             merged=student.merged,
-            f16=run.export / "student-F16.gguf",
+            f16=None if student.exact else run.export / "student-F16.gguf",
             served=run.bundle / "student.gguf",
+            adapter=adapter_of(run.bundle / "student.gguf"),
+            kv_cache=kv_cache,
+            strangers=student.exact.strangers if student.exact else None,
             served_kind=served,
             context=context,
             max_kl=max_kl,
@@ -157,9 +235,10 @@ def pass_gate(
     write_text_atomic(run.bundle / "parity.json", parity.model_dump_json(indent=1) + "\n")
     mark_ready(run.bundle, ready=parity.ready)
     require(parity)
+    exactly = "; every block bit for bit the trained one" if parity.bits_equal else ""
     clock.progress.say(
         f"parity: {parity.kl:.2g} nats per token from the trained network, same top token at "
-        f"{parity.top1_agreement:.1%} of {parity.positions} positions"
+        f"{parity.top1_agreement:.1%} of {parity.positions} positions{exactly}"
     )
     return parity
 
@@ -178,12 +257,16 @@ def write_f16(path: Path, network: Any, base: Base, *, title: str) -> None:
         config=network.config,
         tokenizer=base.tokenizer,
         template=base.template,
-        # The Llama Community License wants "Llama" at the beginning of a derived model's name (1.b i).
-        name=f"Llama {title}" if is_meta_llama(base.licence) else title,
+        name=named(title, base),
         licence=base.licence,
         end_of_turn=base.end_of_turn,
         copy_tokenizer_from=packaged_gguf() if smollm2 else None,
     )
+
+
+def named(title: str, base: Base) -> str:
+    """A student's name: the Llama Community License wants "Llama" at the beginning of a derived model's (1.b i)."""
+    return f"Llama {title}" if is_meta_llama(base.licence) else title
 
 
 def _file_facts(report: QuantizeReport) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""The train stage: QLoRA (arXiv 2305.14314) on the student, loss on completions only.
+"""The train stage: an adapter on the student by one of `pipeline.methods`, loss on completions only.
 
 A plain PyTorch loop rather than TRL's trainer: on a CPU, TRL (padded batches, logits for every token) trained
 at about a quarter of the speed of packed rows with the head applied to supervised tokens only, and its
 checkpoints hold pickles. The loop is deterministic: same rows, settings and machine, same adapter.
 
-``train/`` holds ``adapter/`` (PEFT's format), ``network.json`` (what it was trained on), ``loss.jsonl`` (one
+``train/`` holds ``adapter/`` (see the method), ``network.json`` (what it was trained on), ``loss.jsonl`` (one
 line a step; lines with ``validation_loss`` before training and after each epoch) and
 ``checkpoint.safetensors``, from which a killed run goes on.
 """
@@ -29,14 +29,18 @@ from domains.errors import StageError
 from domains.jsonl import read_jsonl, write_text_atomic
 from domains.records import Example
 from pipeline.checkpoint import State
+from pipeline.methods.method import Adapter, Method
+from pipeline.methods.registry import method_of
+from pipeline.objective import DistilledLoss, Divergence, load_teacher
 from pipeline.packing import Pack, Row, encode_examples, pack_hidden, use_packed_attention
 from pipeline.progress import Progress
-from pipeline.qlora import attach_lora, quantize_nf4, training_dtype
+from pipeline.qlora import training_dtype
+from pipeline.recipe import QLORA, Recipe, recipe_of, settings_of
 from pipeline.run_folder import Report, Run, check_space, need
 from pipeline.student import Base, load_base
 from pipeline.token_rows import add_reflection_tokens
 from pipeline.train_split import choose_rows, split_validation
-from pipeline.training_loop import Settings, Trainer
+from pipeline.training_loop import Objective, Settings, Trainer
 
 _FORMAT = 1  # of the checkpoint; a change makes older ones unusable
 _BYTES_PER_WEIGHT = 32  # adapter, checkpoint with two moments, and its successor while it is written
@@ -53,7 +57,6 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         ModelError: the base model can't be loaded.
     """
     config = domain.config
-    assert config.train.method == "qlora"  # the only one; the config knows no other
     examples = read_jsonl(need(run.examples, stage="curate"), Example)
     if not examples:
         raise StageError(
@@ -71,23 +74,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         checkpoint_steps=config.train.checkpoint_steps,
         settings=settings_of(domain),
         reflection_tokens=config.reflect.backend == "tokens",
-    )
-
-
-def settings_of(domain: Domain) -> Settings:
-    """``[train]`` as the loop wants it."""
-    config = domain.config
-    return Settings(
-        rank=config.train.rank,
-        alpha=config.train.alpha,
-        dropout=config.train.dropout,
-        learning_rate=config.train.learning_rate,
-        warmup_share=config.train.warmup_share,
-        epochs=config.train.epochs,
-        pack_tokens=config.train.pack_tokens,
-        packs_per_step=config.train.packs_per_step,
-        max_grad_norm=config.train.max_grad_norm,
-        seed=config.train.seed,
+        recipe=recipe_of(domain),
     )
 
 
@@ -102,6 +89,7 @@ def train_student(
     checkpoint_steps: int,
     settings: Settings,
     reflection_tokens: bool = False,
+    recipe: Recipe = QLORA,
 ) -> Report:
     """Train on ``examples`` and write ``folder``; see `run`.
 
@@ -115,31 +103,27 @@ def train_student(
         checkpoint_steps: steps from one checkpoint to the next.
         settings: see there.
         reflection_tokens: add Self-RAG's tokens to the vocabulary and train their rows.
+        recipe: see there.
     """
     chosen = choose_rows(examples, max_rows, seed=settings.seed)
     train_examples, held_out = split_validation(chosen, seed=settings.seed)
-    dtype = training_dtype()
-    loaded = load_base(base, dtype=dtype)
+    dtype, how = training_dtype(bf16=settings.levers.bf16), method_of(recipe.method, recipe.grid)
+    loaded = load_base(base, dtype=how.base_dtype(dtype))
     token_rows = add_reflection_tokens(loaded) if reflection_tokens else []
     limit = min(context, settings.pack_tokens)
     rows, too_long = encode_examples(train_examples, loaded, max_tokens=limit)
     validation, also_too_long = encode_examples(held_out, loaded, max_tokens=limit)
     too_long += also_too_long
     _check_rows(rows, validation, too_long, limit, progress)
-    adapted = _prepare(loaded, settings, token_rows, progress)
-    trainer = Trainer(
-        adapted,
-        loaded.model,
-        rows,
-        validation,
-        settings,
-        folder,
-        _fingerprint(rows, validation, settings, loaded),
-    )
+    objective = _objective(loaded, recipe.divergence, dtype)
+    adapted = how.prepare(loaded, _adapter(settings, token_rows, dtype), progress.say)
+    use_packed_attention(loaded.model)
+    fingerprint = _fingerprint(rows, validation, settings, loaded, recipe)
+    trainer = Trainer(adapted, loaded.model, rows, validation, settings, folder, fingerprint, objective)
     check_space(folder, _BYTES_PER_WEIGHT * sum(weight.numel() for weight in trainer.weights.values()))
     state = trainer.fit(progress, checkpoint_steps=checkpoint_steps)
     _check_adapter_acts(adapted, loaded.model, rows[0])
-    _save(folder, adapted, loaded, dtype, settings, token_rows)
+    _save(folder, adapted, how, _about(loaded, dtype, settings, token_rows, recipe))
     counts = {
         "rows_in": len(examples),
         "trained": len(rows),
@@ -148,6 +132,25 @@ def train_student(
         "over_max_rows": len(examples) - len(chosen),
     }
     return Report(counts=counts, facts=_facts(state, trainer, dtype, too_long))
+
+
+def _objective(base: Base, divergence: Divergence | None, dtype: torch.dtype) -> Objective | None:
+    """None for cross-entropy; the teacher is loaded before the student's weights are rounded."""
+    if divergence is None:
+        return None
+    return DistilledLoss(base.model, load_teacher(base, divergence, dtype=dtype), divergence)
+
+
+def _adapter(settings: Settings, token_rows: Sequence[int], dtype: torch.dtype) -> Adapter:
+    return Adapter(
+        rank=settings.rank,
+        alpha=settings.alpha,
+        dropout=settings.dropout,
+        seed=settings.seed,
+        dtype=dtype,
+        token_rows=tuple(token_rows),
+        layers=settings.lora_layers,
+    )
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -175,28 +178,15 @@ def _check_rows(
         progress.say("too few questions to hold any out: there is no validation loss")
 
 
-def _prepare(base: Base, settings: Settings, token_rows: Sequence[int], progress: Progress) -> Any:
-    """The PEFT model over the NF4 base, attending within rows."""
-    kept = quantize_nf4(base.model)
-    how = (
-        "read back at every use"
-        if kept
-        else f"read back once, kept as {_name(base.model.dtype)} (memory allows)"
-    )
-    progress.say(f"NF4 weights are {how}")
-    use_packed_attention(base.model)
-    return attach_lora(
-        base.model,
-        rank=settings.rank,
-        alpha=settings.alpha,
-        dropout=settings.dropout,
-        seed=settings.seed,
-        token_rows=token_rows,
-    )
-
-
-def _fingerprint(rows: Sequence[Row], validation: Sequence[Row], settings: Settings, base: Base) -> str:
-    parts = [_FORMAT, [asdict(r) for r in rows], [asdict(r) for r in validation], asdict(settings)]
+def _fingerprint(
+    rows: Sequence[Row],
+    validation: Sequence[Row],
+    settings: Settings,
+    base: Base,
+    recipe: Recipe,
+) -> str:
+    parts: list[Any] = [_FORMAT, [asdict(r) for r in rows], [asdict(r) for r in validation]]
+    parts += [asdict(settings), asdict(recipe)]
     parts += [base.version, str(base.model.dtype)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -220,44 +210,32 @@ def _check_adapter_acts(adapted: Any, network: Any, row: Row) -> None:
         )
 
 
-def _save(
-    folder: Path,
-    adapted: Any,
-    base: Base,
-    dtype: torch.dtype,
-    settings: Settings,
-    token_rows: Sequence[int],
-) -> None:
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    temporary = folder / f".adapter.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in sorted(state.items())}
-        save_file(tensors, str(temporary / "adapter_model.safetensors"), metadata={"format": "pt"})
-        config = adapted.peft_config["default"].to_dict() | {"inference_mode": True}
-        config["base_model_name_or_path"] = base.name  # not the place where it lies on this machine
-        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-        text = json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n"
-        write_text_atomic(temporary / "adapter_config.json", text)
-        shutil.rmtree(folder / "adapter", ignore_errors=True)
-        temporary.rename(folder / "adapter")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    network = {
+def _about(
+    base: Base, dtype: torch.dtype, settings: Settings, token_rows: Sequence[int], recipe: Recipe
+) -> dict[str, Any]:
+    return {
         "base": base.name,
         "base_version": base.version,
         "source": base.source,
         "licence": base.licence,
-        "quantization": "nf4, double",
+        **asdict(recipe),
         "dtype": _name(dtype),
         "rank": settings.rank,
         "alpha": settings.alpha,
         "reflection_tokens": list(token_rows),
     }
+
+
+def _save(folder: Path, adapted: Any, how: Method, network: dict[str, Any]) -> None:
+    temporary = folder / f".adapter.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        network |= how.save(adapted, temporary, base_name=network["base"])
+        shutil.rmtree(folder / "adapter", ignore_errors=True)
+        temporary.rename(folder / "adapter")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     write_text_atomic(folder / "network.json", json.dumps(network, indent=1) + "\n")
 
 

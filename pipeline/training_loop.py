@@ -6,8 +6,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ import torch
 from domains.errors import StageError
 from domains.jsonl import write_text_atomic
 from pipeline.checkpoint import State, read_state, restore, save_checkpoint
+from pipeline.completion_loss import completion_loss
+from pipeline.layer_cache import LayerCache, frozen_layers
+from pipeline.levers import Levers, checkpoints
 from pipeline.packing import Pack, Row, pack, pack_hidden
 from pipeline.progress import Progress
 
@@ -34,10 +37,19 @@ class Settings:
     packs_per_step: int
     max_grad_norm: float
     seed: int
+    lora_layers: int = 0
+    levers: Levers = field(default_factory=Levers)
+
+
+# The loss of a pack, its hidden states and their targets: summed over the supervised tokens, in nats.
+Objective = Callable[[Pack, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Trainer:
-    """The loop. ``weights`` are the adapter's parameters by name."""
+    """The loop. ``weights`` are the adapter's parameters by name.
+
+    ``objective`` gives another loss than cross-entropy; validation is always by cross-entropy.
+    """
 
     def __init__(
         self,
@@ -48,6 +60,7 @@ class Trainer:
         settings: Settings,
         folder: Path,
         fingerprint: str,
+        objective: Objective | None = None,
     ) -> None:
         self.adapted, self.network, self.settings, self.folder = adapted, network, settings, folder
         self.weights = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
@@ -59,8 +72,29 @@ class Trainer:
             )
             for epoch in range(settings.epochs)
         ]
-        self.fingerprint = fingerprint
+        self.fingerprint, self.objective = fingerprint, objective
         self.total = sum(len(steps) for steps in self.epochs)
+        self.levers = self._levers()
+        self.below = self._below([*rows, *validation])
+
+    def _levers(self) -> Levers:
+        """The switches with what depends on the rows and the memory decided."""
+        levers = self.settings.levers
+        packs = [packed for steps in self.epochs for step in steps for packed in step]
+        lengths = [[len(row.ids) for row in packed.rows] for packed in packs]
+        if not levers.packing:
+            lengths = [[max(pack)] * len(pack) for pack in lengths]
+        item_bytes = self.network.dtype.itemsize
+        twice = checkpoints(levers, self.network.config, lengths, item_bytes=item_bytes)
+        share = levers.shared_prefix and not self.settings.dropout  # each row draws its own dropout
+        return replace(levers, checkpointing="on" if twice else "off", shared_prefix=share)
+
+    def _below(self, rows: Sequence[Row]) -> LayerCache | None:
+        frozen = frozen_layers(self.weights, self.network.config.num_hidden_layers)
+        if not frozen or not self.levers.cached_layers:
+            return None
+        width, dtype = self.network.config.hidden_size, self.network.dtype
+        return LayerCache(frozen, rows, width=width, dtype=dtype, folder=self.folder)
 
     def fit(self, progress: Progress, *, checkpoint_steps: int) -> State:
         """Train to the end, from the checkpoint if there is one of these very rows and settings."""
@@ -78,6 +112,9 @@ class Trainer:
             if state.step % checkpoint_steps == 0 or state.step == self.total:
                 save_checkpoint(path, state, self.weights, self.optimizer)
             progress.advance()
+        if self.below:
+            self.below.close()
+            self.below = None
         self.adapted.eval()
         return state
 
@@ -111,7 +148,7 @@ class Trainer:
         supervised = sum(packed.supervised for packed in packs)
         loss = 0.0
         for packed in packs:
-            part = self._loss(packed) / supervised
+            part = self._loss(packed, self.objective) / supervised
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.settings.max_grad_norm)
@@ -130,11 +167,12 @@ class Trainer:
         line = {"step": state.step, "loss": loss, "lr": rate, "tokens": tokens, "supervised": supervised}
         self._note(state, line | {"seconds": round(seconds, 3)})
 
-    def _loss(self, packed: Pack) -> torch.Tensor:
+    def _loss(self, packed: Pack, objective: Objective | None = None) -> torch.Tensor:
         """Summed over the pack's supervised tokens, in nats."""
-        hidden, targets = pack_hidden(self.network, packed)
-        logits = self.network.lm_head(hidden).float()
-        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        hidden, targets = pack_hidden(self.network, packed, self.levers, self.below)
+        if objective is not None:
+            return objective(packed, hidden, targets)
+        return completion_loss(self.network.lm_head, hidden, targets, chunked=self.levers.chunked_loss)
 
     def _validate(self) -> float:
         self.adapted.eval()

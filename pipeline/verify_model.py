@@ -10,15 +10,15 @@ questions have no answers to choose from; rules judge them alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from domains.checks import Verdict
-from domains.records import Message, Question, Rejection
+from domains.records import Message, Passage, Question, Rejection
 from pipeline.judge import rejection
 from pipeline.progress import Progress
 from pipeline.rows import Kept
 from pipeline.verify import prose
-from rag.prompt import neutralise
+from rag.prompt import neutralise, student_messages
 from serve.engine import Engine
 
 REASON = "verifier"
@@ -27,6 +27,7 @@ _LETTER = re.compile(
 )
 _NOTHING = "N/A"
 _OPENING = "So, the answer is"
+_ANSWER = "Answer:"  # as `rag.answers.format_reply` writes it
 _WORDS = ("yes", "no", "maybe")
 
 
@@ -68,11 +69,59 @@ def predict(engine: Engine, question: Question, text: str) -> str:
         question: of kind ``options`` or ``yes_no``.
         text: the rationale.
     """
-    answers = question.options or {word: word for word in _WORDS}
+    found = gains(
+        engine,
+        _words_of(question),
+        given=_prompt(engine, question, hide_letters(text)),
+        prior=_prompt(engine, question, _NOTHING),
+    )
+    return max(found, key=lambda answer: found[answer])
+
+
+def passage_gains(
+    engine: Engine, question: Question, passages: Sequence[Passage], *, system: str = ""
+) -> dict[str, float]:
+    """What each answer to a closed question gains in log-probability from passages, the question alone as the prior.
+
+    Args:
+        engine: the judge, or a student.
+        question: of kind ``options`` or ``yes_no``; its options are not shown, so no letter is preferred.
+        passages: the evidence.
+        system: the prompt that a student was trained with; none for an untrained model.
+
+    Raises:
+        ContextOverflow: passages and an answer do not fit the context.
+    """
+
+    def prompt(evidence: Sequence[Passage]) -> list[int]:
+        messages = student_messages(system, question.question, evidence)[0 if system else 1 :]
+        opening = Message(role="assistant", content=_ANSWER)
+        return engine.tokenize(engine.render([*messages, opening], continue_reply=True))
+
+    return gains(engine, _words_of(question), given=prompt(passages), prior=prompt([]))
+
+
+def gains(
+    engine: Engine, answers: Mapping[str, str], *, given: Sequence[int], prior: Sequence[int]
+) -> dict[str, float]:
+    """Log-probability of each answer's words behind ``given`` minus that behind ``prior``, by the answers' names.
+
+    Args:
+        engine: the model.
+        answers: the words of each.
+        given: a prompt with evidence.
+        prior: the same without.
+
+    Raises:
+        ContextOverflow: a prompt and an answer do not fit the context.
+    """
     words = [engine.tokenize(f" {neutralise(answer)}", begin=False) for answer in answers.values()]
-    given = engine.log_likelihoods(_prompt(engine, question, hide_letters(text)), words)
-    prior = engine.log_likelihoods(_prompt(engine, question, _NOTHING), words)
-    return list(answers)[int((given - prior).argmax())]
+    found = engine.log_likelihoods(given, words) - engine.log_likelihoods(prior, words)
+    return {name: float(value) for name, value in zip(answers, found, strict=True)}
+
+
+def _words_of(question: Question) -> Mapping[str, str]:
+    return question.options or {word: word for word in _WORDS}
 
 
 def hide_letters(text: str) -> str:

@@ -13,6 +13,7 @@ from domains.errors import ParityError, StageError
 from domains.jsonl import write_jsonl
 from domains.records import Example, Message, Question, Quote, Rationale
 from pipeline import export, gguf_writer
+from pipeline.candidates import CANDIDATES
 from pipeline.parity import Parity
 from pipeline.progress import Silent
 from pipeline.qlora import attach_lora, quantize_nf4
@@ -162,6 +163,36 @@ def test_another_serving_format_leaves_no_file_behind(world: tuple[Path, Path]) 
     domain, run = load(world, export={"formats": ["Q8_0"], "imatrix_tokens": 0})
     export.run(domain, run, Silent())
     assert [path.name for path in run.bundle.glob("*.gguf")] == ["student.gguf"]
+
+
+def test_the_served_file_may_be_rounded_here(world: tuple[Path, Path]) -> None:
+    rounded = {"rounding": "gptq", "serve": "Q4_0", "formats": ["Q8_0"], "imatrix_tokens": 0}
+    domain, run = load(world, export=rounded, parity={"max_kl": 5.0, "min_top1": 0.1})
+    report = export.run(domain, run, Silent())
+    kinds = check_gguf(run.bundle / "student.gguf").kind_counts
+    assert kinds["Q4_0"] == 14  # seven matrices in two layers
+    assert report.facts["files"]["Q4_0"]["file"] == "student.gguf"
+    assert check_gguf(run.bundle / "student-Q8_0.gguf").kind_counts.keys() == {"F32", "Q8_0"}
+    assert not [*(run.export / "candidates").glob("*.gguf")]
+
+
+def test_a_search_serves_what_is_near_enough_and_says_why(world: tuple[Path, Path]) -> None:
+    domain, run = load(
+        world,
+        export={"rounding": "search", "formats": ["Q8_0"], "imatrix_tokens": 0},
+        parity={"max_kl": 0.02, "min_top1": 0.5},
+    )
+    report = export.run(domain, run, Silent())
+    found = report.facts["search"]
+    names = [row["name"] for row in found["candidates"]]
+    assert names == [each.name for each in CANDIDATES]
+    assert found["winner"] in names
+    winner = next(row for row in found["candidates"] if row["name"] == found["winner"])
+    assert winner["kl"] <= 0.02
+    assert (run.bundle / "student.gguf").stat().st_size == winner["bytes"]
+    assert len(found["reasons"]) == len(names) - 1
+    assert [row["exam"] for row in found["candidates"]].count(None) == 0
+    assert read_manifest(run.bundle).ready
 
 
 def test_a_bound_that_is_missed_keeps_the_bundle_from_being_ready(world: tuple[Path, Path]) -> None:

@@ -17,7 +17,7 @@ from domains.config import DomainConfig
 from domains.domain import Domain, load_domain
 from pipeline.new import new_domain
 from pipeline.run_folder import Finished, Run
-from pipeline.stages import NAMES, STAGES, Stage, fingerprint, is_done, paths_of
+from pipeline.stages import GRIDS, METHODS, NAMES, REFLECTION, STAGES, Stage, fingerprint, is_done, paths_of
 
 PACKAGES = ("pipeline", "rag", "serve", "domains")
 BY_NAME = {stage.name: stage for stage in STAGES}
@@ -26,6 +26,7 @@ BY_NAME = {stage.name: stage for stage in STAGES}
 NO_VERSION = {
     "domains.config": "its values count, by section",
     "domains.steps": "its values count, by section",
+    "domains.routes": "what it completes counts as values of config",
     "domains.domain": "finds files; their content counts",
     "domains.errors": "wording of errors",
     "domains.jsonl": "form of files; their content counts",
@@ -36,6 +37,7 @@ NO_VERSION = {
     "serve.llama_log": "silences llama.cpp",
     "serve.manifest": "form of a file; its content counts",
     "serve.gguf_check": "refuses damaged files, changes none",
+    "serve.adapter_check": "refuses adapters of other models, changes none",
     "serve.models": "where model files lie; they are checked by sha256",
     "serve.quantizer": "its result is cached with the model, under a name of its own",
 }
@@ -43,14 +45,30 @@ NO_VERSION = {
 STORING = {"rag.manifest", "rag.passages", "rag.update"}
 # Reached through pipeline.base_gguf only, whose file is cached by the state of the base's weights.
 BASE_FILE = {
-    *("pipeline.gguf_writer", "pipeline.gguf_vocabulary", "pipeline.qlora", "pipeline.student", "pipeline.unpack"),
+    *("pipeline.gguf_writer", "pipeline.gguf_vocabulary", *GRIDS),
+    *("pipeline.qlora", "pipeline.student", "pipeline.unpack"),
+    *(*METHODS, "pipeline.levers"),
 }  # fmt: skip
+# A search for the format asks development questions; which of equals it takes may hang on them, the file does not.
+ASKING = {
+    *REFLECTION,
+    *(
+        "serve.assistant",
+        "serve.checking",
+        "serve.confidence",
+        "serve.signals",
+        "serve.streaming",
+        "serve.vote",
+    ),
+    *("rag.sentences", "pipeline.right", "pipeline.selective", "pipeline.reflection_report"),
+}
 NO_VERSION_IN = {
     "elicit": STORING,
     "curate": STORING,
     "rerank": STORING,
-    "export": STORING,
-    "calibrate": STORING | {"serve.streaming"},
+    "export": STORING | ASKING,
+    "calibrate": STORING
+    | {"serve.streaming", "pipeline.reflection_report"},  # it streams and reports nothing
     "exam": STORING | BASE_FILE | {"serve.streaming"},  # the exam does not stream
 }
 
@@ -309,8 +327,8 @@ def test_the_sections_and_prompts_that_a_stage_reads_are_listed(stage: Stage) ->
     }
     assert {key for key in keys if key.partition(".")[0] in sections - whole} == single
     assert sections <= whole | {key.partition(".")[0] for key in single}
-    # [corpus] says where the documents lie; a bundle carries [serve] to where it is served.
-    carried = {"index": {"corpus"}, "export": {"serve"}}
+    # [corpus] says where the documents lie.
+    carried = {"index": {"corpus"}}
     assert whole - sections == carried.get(stage.name, set())
     prompts = {
         node.slice.value

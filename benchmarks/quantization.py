@@ -1,0 +1,456 @@
+"""Measures the routes from a trained student to the file that is served: exactness, and quality at equal bits.
+
+    python benchmarks/quantization.py              everything, about two hours on 2 cores
+    python benchmarks/quantization.py --quick      small samples, at most 15 minutes
+    python benchmarks/quantization.py --json       the last line is one JSON object
+    python benchmarks/quantization.py --parts candidates --networks default --only gptq-q4_0 llamacpp-q4_0-imatrix
+
+exactness   each [train] method trains a few rows; the file's blocks are compared with the training tensors bit for
+            bit, and the file's answers with those of the training network (KL, teacher-forced, llama.cpp). Beside
+            them the usual way: a QLoRA adapter merged into the unquantized base, then Q4_K_M.
+candidates  files of one student, compared with it in full precision: `default` is the default model, fine-tuned
+            (untouched, its weights lie on the Q4_1 grid); `k-capable` a small Llama trained here from scratch,
+            whose widths K-quants divide.
+
+Texts: wikitext articles where ``--data`` has them (folder ``wikitext2_test``) and documents of the exam split, none of
+them used in training or calibration. The exam: questions of the exam split with their gold passages.
+Speeds are of this machine as it is: close what else runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+# The packages are found beside this folder, installed or not.
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+from domains.domain import Domain, load_domain
+from domains.records import Example, Passage, Question
+from domains.routes import LEARNING_RATES, Grid
+from pipeline.candidates import CANDIDATES, Materials, Measured, measure, possible
+from pipeline.exact_files import find_strangers, write_adapter, write_exact
+from pipeline.fidelity import Fidelity, Reference, Text
+from pipeline.gguf_tensors import read_packed
+from pipeline.imatrix import collect_imatrix
+from pipeline.merge import merge_adapter
+from pipeline.packing import Row, encode_examples
+from pipeline.progress import Progress
+from pipeline.quantization_bench import (
+    articles,
+    held_out_texts,
+    merge_into_unquantized,
+    pretrain,
+    score_file,
+    small_llama,
+    taught_examples,
+    windows,
+)
+from pipeline.recipe import Recipe, settings_of
+from pipeline.roundings import Learning
+from pipeline.student import Base, load_base, load_student
+from pipeline.student_files import write_f16
+from pipeline.train import train_student
+from pipeline.training_loop import Settings
+from rag.load import load_documents
+from rag.passages import split_document
+from serve.engine import Engine
+from serve.models import SMOLLM2, packaged_gguf
+from serve.quantizer import requantize
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("exactness", "candidates")
+NETWORKS = ("default", "k-capable")
+ROUTES: tuple[tuple[str, Grid | None], ...] = (
+    ("qlora", None), ("qalora", "Q4_1"), ("qalora", "Q4_0"), ("qat", "Q4_0"), ("grid-lora", "Q4_0"),
+)  # fmt: skip
+MOST_BITS = 4.6  # of the blocks, for the comparison with llama.cpp's own Q4_0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything. ``texts`` of ``length`` tokens each; ``articles`` is how many of them are wikitext's."""
+
+    rows: int
+    epochs: int
+    exact_rows: int
+    length: int
+    calibration: int
+    texts: int
+    exam: int
+    learning_steps: int
+    pretrain_steps: int
+
+
+QUICK = Sizes(
+    rows=40, epochs=2, exact_rows=12, length=512, calibration=24, texts=8, exam=16, learning_steps=8, pretrain_steps=120
+)  # fmt: skip
+FULL = Sizes(
+    rows=160, epochs=2, exact_rows=48, length=512, calibration=64, texts=32, exam=60, learning_steps=48, pretrain_steps=1500
+)  # fmt: skip
+
+
+class Lines(Progress):
+    """Says what happens on standard error, with the time since the start."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def start(self, what: str, total: int) -> None:
+        """A step begins."""
+        self.say(f"{what} ({total})" if total else what)
+
+    def advance(self, by: int = 1) -> None:
+        """Nothing is said for single units."""
+
+    def say(self, message: str) -> None:
+        """One line."""
+        print(f"[{time.monotonic() - self._began:6.0f} s] {message}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What both parts stand on."""
+
+    domain: Domain
+    passages: list[Passage]
+    examples: list[Example]
+    exam: list[Question]
+    sizes: Sizes
+    settings: Settings
+    learned: list[str]  # texts that calibration and pretraining may see
+    unseen: list[str]
+    unseen_articles: list[str]
+
+
+def main() -> None:
+    """Measure the chosen parts and report."""
+    options = parse_options()
+    progress = Lines()
+    ground = prepare(options)
+    result: dict[str, Any] = {"quick": options.quick, "domain": options.domain}
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(options.work or name)
+        work.mkdir(parents=True, exist_ok=True)
+        for part in options.parts:
+            began = time.monotonic()
+            progress.say(f"== {part}")
+            result |= MEASURES[part](options, ground, work, progress)
+            result.setdefault("seconds", {})[part] = round(time.monotonic() - began)
+    show(result)
+    if options.json:
+        print(json.dumps(result))
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="small samples")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="of the candidates")
+    names = [each.name for each in CANDIDATES]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="candidates (default: all)")
+    parser.add_argument("--domain", default="medical", help="name or folder (default: medical)")
+    beside = ROOT.parent / "shared" / "data"
+    parser.add_argument(
+        "--data", type=Path, default=beside if beside.is_dir() else None, help="folder with public sets"
+    )
+    parser.add_argument(
+        "--split", default="dev", choices=("dev", "hidden"), help="which half of the articles"
+    )
+    parser.add_argument("--work", help="keep the files here")
+    return parser.parse_args()
+
+
+def prepare(options: argparse.Namespace) -> Ground:
+    """Documents, rows and texts; by document split, as the exam's questions are."""
+    domain = load_domain(options.domain)
+    config, sizes = domain.config, QUICK if options.quick else FULL
+    loaded = load_documents(domain.documents).documents
+    passages = [
+        passage
+        for document in loaded
+        for passage in split_document(
+            document, max_chars=config.index.passage_chars, overlap_chars=config.index.overlap_chars
+        )
+    ]
+    questions = domain.read_questions()
+    examples = taught_examples(
+        questions, passages, system=domain.prompts["system"], abstain=config.domain.abstain,
+        shown=config.retrieve.top_k, count=sizes.rows,
+    )  # fmt: skip
+    held = {question.about for question in questions if question.split == "exam"}
+    exam = [question for question in questions if question.split == "exam" and question.gold]
+    known, unknown = [], []
+    path = options.data / "wikitext2_test" / f"{options.split}.jsonl" if options.data else None
+    if path is not None and path.is_file():
+        texts = articles(path)
+        known, unknown = texts[1::2], texts[::2]
+    return Ground(
+        domain=domain,
+        passages=passages,
+        examples=examples,
+        exam=exam[: sizes.exam],
+        sizes=sizes,
+        settings=replace(settings_of(domain), epochs=sizes.epochs),
+        learned=[*known, *(each.text for each in loaded if each.doc_id not in held)],
+        unseen=[each.text for each in loaded if each.doc_id in held],
+        unseen_articles=unknown,
+    )
+
+
+# -- exactness ---------------------------------------------------------------------------------------
+
+
+def measure_exactness(
+    _options: argparse.Namespace, ground: Ground, work: Path, progress: Progress
+) -> dict[str, Any]:
+    """Per route: bits equal, and the KL of the served file from the training network."""
+    found: dict[str, Any] = {}
+    for method, grid in ROUTES:
+        name = method.replace("-", "_") + ("_q4_0" if (method, grid) == ("qalora", "Q4_0") else "")
+        folder = work / "exact" / name
+        settings = replace(ground.settings, epochs=1, learning_rate=LEARNING_RATES[method])
+        report = train_student(
+            ground.examples[: ground.sizes.exact_rows], folder / "train", progress, base=ground.domain.config.student.base,
+            context=ground.domain.config.student.context, max_rows=0, checkpoint_steps=1000, settings=settings,
+            recipe=Recipe(method, grid),
+        )  # fmt: skip
+        trained = load_student(folder / "train", base=ground.domain.config.student.base)
+        texts = row_texts(ground, trained.base)
+        reference = Reference.of_network(trained.network, texts)
+        facts = {key: report.facts[key] for key in ("validation_before", "validation_after", "tokens_per_s")}
+        if method == "qlora":
+            found |= measure_merges(ground, trained, reference, folder)
+            found["qlora"] = facts
+            continue
+        adapter = folder / "adapter.gguf" if trained.low_rank else None
+        network = merge_adapter(trained.network) if trained.low_rank else trained.network
+        path = folder / "student.gguf"
+        assert grid is not None
+        write_exact(path, network, trained, grid=grid, name=name)
+        if adapter is not None:
+            write_adapter(adapter, network, trained, name=name)
+        strangers = find_strangers(path, trained.packed, network.config)
+        kl = reference.measure(path, adapter=adapter).kl
+        found[name] = {
+            "bits_equal": not strangers,
+            "matrices": len(trained.packed),
+            "kl": round(kl.mean, 6),
+            "kl_interval": [round(kl.low, 6), round(kl.high, 6)],
+            **facts,
+        }
+        if method == "qalora" and grid == "Q4_1" and trained.base.name == SMOLLM2:
+            found[name] |= compare_with_base(path, network.config)
+    return found
+
+
+def row_texts(ground: Ground, base: Base) -> list[Text]:
+    """Completions of rows that no route trains on."""
+    config = ground.domain.config
+    rows, _ = encode_examples(
+        ground.examples[ground.sizes.exact_rows :][: ground.sizes.texts], base, max_tokens=config.student.context
+    )  # fmt: skip
+    return [Text(row.ids, first=row.n_prompt - 1) for row in rows]
+
+
+def measure_merges(ground: Ground, trained: Any, reference: Reference, folder: Path) -> dict[str, Any]:
+    """KL of what QLoRA is served as: our merge in Q8_0 and Q4_K_M, and the usual one in Q4_K_M."""
+    unquantized = load_base(ground.domain.config.student.base, dtype=torch.float32)
+    usual = merge_into_unquantized(unquantized.model, trained.network)
+    write_f16(folder / "usual.gguf", usual, trained.base, title="usual merge")
+    write_f16(folder / "ours.gguf", merge_adapter(trained.network), trained.base, title="our merge")
+    found = {}
+    for key, source, kind in (
+        ("qlora_q8_0", "ours", "Q8_0"), ("qlora_merged_q4_k_m", "ours", "Q4_K_M"), ("qlora_q4_k_m", "usual", "Q4_K_M"),
+    ):  # fmt: skip
+        path = folder / f"{source}-{kind}.gguf"
+        requantize(folder / f"{source}.gguf", path, kind)  # type: ignore[arg-type]
+        kl = reference.measure(path).kl
+        found[key] = {
+            "kl": round(kl.mean, 6),
+            "kl_interval": [round(kl.low, 6), round(kl.high, 6)],
+            "bytes": path.stat().st_size,
+        }
+    return found
+
+
+def compare_with_base(path: Path, config: Any) -> dict[str, Any]:
+    """What differs between a QA-LoRA student's file and the base's own: nothing but block minima should."""
+    ours, theirs = read_packed(path, config), read_packed(packaged_gguf(), config)
+    changed = elsewhere = 0
+    for name, matrix in theirs.items():
+        different = matrix.rows != ours[name].rows
+        if matrix.kind == "Q4_1":
+            blocks = different.reshape(len(different), -1, 20)  # float16 d, float16 m, 16 bytes of codes
+            changed += int(blocks[:, :, 2:4].any(axis=2).sum())
+            elsewhere += int(blocks[:, :, :2].sum() + blocks[:, :, 4:].sum())
+        else:
+            elsewhere += int(different.sum())
+    return {"minima_changed": changed, "other_bytes_changed": elsewhere}
+
+
+# -- candidates --------------------------------------------------------------------------------------
+
+
+def measure_candidates(
+    options: argparse.Namespace, ground: Ground, work: Path, progress: Progress
+) -> dict[str, Any]:
+    """The table of each network, and how the best at few bits compares with llama.cpp's own."""
+    rows: list[dict[str, Any]] = []
+    facts: dict[str, Any] = {}
+    for name in options.networks:
+        folder = work / name
+        folder.mkdir(parents=True, exist_ok=True)
+        progress.say(f"-- network {name}")
+        base, trained_rows, about = (
+            fine_tuned(ground, folder, progress) if name == "default" else from_scratch(ground, progress)
+        )
+        texts, split = unseen_texts(ground, base)
+        batches = calibration(ground, base, trained_rows)
+        f16 = folder / "F16.gguf"
+        write_f16(f16, base.model, base, title=name)
+        materials = Materials(
+            network=base.model, base=base, f16=f16, batches=batches, rows=trained_rows,
+            imatrix=collect_imatrix(base.model, [ids for batch in batches for ids in batch.tolist()], max_tokens=10**9),
+            settings=replace(ground.settings, epochs=1), learning=Learning(steps=ground.sizes.learning_steps),
+        )  # fmt: skip
+        reference = Reference.of_file(f16, texts)
+        chosen = [each for each in possible(CANDIDATES, materials) if each.name in options.only]
+        exam = None if name != "default" else lambda path: ask(ground, path)
+        found = list(measure(chosen, materials, folder, reference, progress, exam=exam))
+        itself = reference.measure(f16)
+        rows += [{**each.row(), "network": name, **wikitext(each.fidelity, split)} for each in found]
+        facts[name] = {
+            **about,
+            "perplexity": round(itself.perplexity, 3),
+            **wikitext(itself, split),
+            "positions": sum(itself.positions),
+            "calibration_tokens": sum(batch.numel() for batch in batches),
+            "exam": round(sum(scores) / len(scores), 4) if exam and (scores := exam(f16)) else None,
+            "comparisons": comparisons(found),
+        }
+    return {"candidates": rows, "networks": facts}
+
+
+def fine_tuned(ground: Ground, folder: Path, progress: Progress) -> tuple[Base, list[Row], dict[str, Any]]:
+    """The default model after QLoRA on the domain's rows, merged: a student as users have it."""
+    config = ground.domain.config
+    report = train_student(
+        ground.examples, folder / "train", progress, base=config.student.base, context=config.student.context,
+        max_rows=0, checkpoint_steps=1000, settings=ground.settings,
+    )  # fmt: skip
+    trained = load_student(folder / "train", base=config.student.base)
+    rows, _ = encode_examples(ground.examples, trained.base, max_tokens=ground.settings.pack_tokens)
+    facts = {key: report.facts[key] for key in ("validation_before", "validation_after")}
+    base = replace(trained.base, model=merge_adapter(trained.network))
+    return base, rows, {"rows": len(rows), **facts}
+
+
+def from_scratch(ground: Ground, progress: Progress) -> tuple[Base, list[Row], dict[str, Any]]:
+    """A small Llama that has seen nothing but the texts that may be learnt from."""
+    base = small_llama(load_base(ground.domain.config.student.base, dtype=torch.float32))
+    pieces = windows(base, ground.learned, length=256, count=4096)
+    progress.start("training a small Llama from scratch", ground.sizes.pretrain_steps)
+    losses = pretrain(base.model, pieces, steps=ground.sizes.pretrain_steps, batch=8)
+    facts = {
+        "tokens": 256 * len(pieces),
+        "weights": sum(p.numel() for p in base.model.parameters()),
+        "loss_first": round(losses[0], 3),
+        "loss_last": round(sum(losses[-10:]) / 10, 3),
+    }
+    return base, [], facts
+
+
+def unseen_texts(ground: Ground, base: Base) -> tuple[list[Text], int]:
+    """Held-out texts, and how many of them (the first) are articles."""
+    sizes = ground.sizes
+    half = sizes.texts // 2 if ground.unseen_articles else 0
+    some = held_out_texts(base, ground.unseen_articles, length=sizes.length, count=half)
+    more = held_out_texts(base, ground.unseen, length=sizes.length, count=sizes.texts - len(some))
+    return [*some, *more], len(some)
+
+
+def calibration(ground: Ground, base: Base, rows: Sequence[Row]) -> list[torch.Tensor]:
+    """Half of it training rows where there are any, half of it text, in windows of one length."""
+    sizes = ground.sizes
+    ids = [token for row in rows for token in row.ids]
+    own = [ids[begin : begin + sizes.length] for begin in range(0, len(ids) - sizes.length + 1, sizes.length)]
+    own = own[: sizes.calibration // 2]
+    pieces = [*own, *windows(base, ground.learned, length=sizes.length, count=sizes.calibration - len(own))]
+    return [torch.tensor(pieces[begin : begin + 4]) for begin in range(0, len(pieces), 4)]
+
+
+def wikitext(fidelity: Fidelity, articles_count: int) -> dict[str, float]:
+    """The perplexity of the articles alone, where there are any."""
+    if not articles_count:
+        return {}
+    return {"wikitext_perplexity": round(fidelity.part(slice(0, articles_count)).perplexity, 3)}
+
+
+def ask(ground: Ground, path: Path) -> list[float]:
+    """The scores of a file in the exam."""
+    config = ground.domain.config
+    with Engine(path, context=config.student.context, parallel=8) as engine:
+        return score_file(
+            engine, ground.exam, ground.passages, system=ground.domain.prompts["system"],
+            abstain=config.domain.abstain, shown=config.retrieve.top_k, max_tokens=80,
+        )  # fmt: skip
+
+
+def comparisons(found: Sequence[Measured]) -> dict[str, Any]:
+    """The best candidate of few bits against llama.cpp's own files, paired over texts."""
+    by_name = {each.candidate.name: each for each in found}
+    ours = [
+        each for each in found if each.candidate.how != "llamacpp" and each.block_bits_per_weight <= MOST_BITS
+    ]
+    if not ours:
+        return {}
+    best = min(ours, key=lambda each: each.fidelity.kl.mean)
+    result: dict[str, Any] = {"best": best.candidate.name}
+    for theirs in ("llamacpp-q4_0-imatrix", "llamacpp-q4_k_m-imatrix"):
+        if theirs not in by_name:
+            continue
+        other = by_name[theirs]
+        gap = best.fidelity.minus(other.fidelity)
+        result[theirs] = {
+            "kl_ratio": round(best.fidelity.kl.mean / other.fidelity.kl.mean, 4),
+            "kl_minus": [round(value, 5) for value in (gap.mean, gap.low, gap.high)],
+            "block_bits": [round(best.block_bits_per_weight, 3), round(other.block_bits_per_weight, 3)],
+        }
+        if best.speed and other.speed:
+            ratio = best.speed.prompt_tokens_per_s / other.speed.prompt_tokens_per_s
+            result[theirs]["prompt_speed_ratio"] = round(ratio, 3)
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    """Tables for a person."""
+    for key, value in result.items():
+        if key == "candidates":
+            for row in value:
+                print("  ".join(f"{name} {row[name]}" for name in row))
+        elif isinstance(value, dict):
+            print(key)
+            for name, each in value.items():
+                print(f"    {name:24} {each}")
+        else:
+            print(f"{key:28} {value}")
+
+
+MEASURES = {"exactness": measure_exactness, "candidates": measure_candidates}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,406 @@
+"""Measures training: this project's loop against plain peft + bitsandbytes + TRL, and each lever by itself.
+
+    python benchmarks/training.py              12 steps of 8 rows for everybody
+    python benchmarks/training.py --quick      the slowest parts take fewer steps, at most 15 minutes on 2 cores
+    python benchmarks/training.py --json       the last line is one JSON object
+
+Everybody trains the same rows in the same order, 8 a step, from the same first adapter on the same NF4 base (double
+quantization), with the same schedule, completions only. Every arm is a process of its own: its peak is what the process
+took at most, imports and loading included. Tokens are real ones, padding is not counted; the first step warms up and
+is not timed. TRL has its defaults but for the batch size, the rate and the order of rows; it keeps adapters in bfloat16,
+which is what its loss curve differs by. Every figure is of this machine as it is: close what else runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+# The packages are found beside this folder, installed or not.
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from serve.models import SMOLLM2, packaged_gguf
+
+DOMAINS = ("medical", "product_requirements")
+ROWS_PER_STEP = 8
+STEPS, SHORT, QUICK = 12, 4, 3  # of the main arms; of the levers; with --quick, of TRL's slow default
+PACK_TOKENS = 1024
+NO_LIMIT = 10**6  # no row is left out or cut, here or there
+RANK, ALPHA, RATE, SEED = 16, 32.0, 1e-3, 0
+TOP_LAYERS = 15  # of 30, for the cache of frozen layers
+
+# Lever -> what it is measured beside, and the switches that turn it off.
+LEVERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "packing": ({}, {"packing": False}),
+    "supervised_head": ({}, {"supervised_head": False}),
+    "chunked_loss": ({}, {"chunked_loss": False}),
+    "shared_prefix": ({}, {"shared_prefix": False}),
+    "last_layer": ({}, {"last_layer": False}),
+    "fused_layers": ({}, {"fused_layers": False}),
+    # the kernel takes neither shared beginnings nor fused layers
+    "matmul_attention": (
+        {"fused_layers": False, "shared_prefix": False},
+        {"fused_layers": False, "shared_prefix": False, "matmul_attention": False},
+    ),
+    "bf16": ({}, {"bf16": False}),
+    "checkpointing_off": ({"checkpointing": "off"}, {"checkpointing": "on"}),
+    "cached_layers": ({}, {"cached_layers": False}),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one process measures."""
+
+    name: str
+    steps: int
+    trl: bool = False
+    trl_checkpointing: bool = True
+    switches: tuple[tuple[str, Any], ...] = ()
+    lora_layers: int = 0
+    epochs: int = 1
+    base: str = SMOLLM2
+
+    @classmethod
+    def parse(cls, text: str) -> Arm:
+        """From JSON."""
+        values = json.loads(text)
+        return cls(**{**values, "switches": tuple((key, value) for key, value in values["switches"])})
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An arm's result. ``losses`` are the steps' means per supervised token, in nats."""
+
+    tokens_per_s: float
+    peak_mb: float
+    losses: list[float]
+    tokens: int
+    same_tokens: bool = True
+
+
+def main() -> None:
+    """Measure all arms and report."""
+    options = parse_options()
+    if options.arm:
+        print(json.dumps(asdict(run_arm(Arm.parse(options.arm)))))
+        return
+    result = measure(quick=options.quick, levers=options.levers, trl=not options.no_trl)
+    show(result)
+    if options.json:
+        print(json.dumps(result))
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer steps of the slow parts")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--levers", nargs="*", choices=list(LEVERS), default=list(LEVERS), help="which")
+    parser.add_argument("--no-trl", action="store_true", help="this project's loop only")
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def measure(*, quick: bool, levers: Sequence[str], trl: bool) -> dict[str, Any]:
+    """All arms, one process after the other."""
+    slow = QUICK if quick else STEPS
+    arms = {"ours": Arm("ours", STEPS)}
+    if trl:
+        arms["trl"] = Arm("trl", STEPS, trl=True, trl_checkpointing=False)
+        arms["trl_default"] = Arm("trl_default", slow, trl=True)
+    found = {name: start(arm) for name, arm in arms.items()}
+    result: dict[str, Any] = {"quick": quick, "arms": {name: asdict(value) for name, value in found.items()}}
+    if trl:
+        result |= compared(found)
+    result["levers"] = measure_levers(levers)
+    return result
+
+
+def compared(found: dict[str, Measured]) -> dict[str, Any]:
+    """The headline: our loop against both of TRL's."""
+    ours, plain, default = found["ours"], found["trl"], found["trl_default"]
+    differences = [abs(a - b) for a, b in zip(ours.losses, plain.losses, strict=True)]
+    return {
+        "speedup": round(ours.tokens_per_s / plain.tokens_per_s, 3),
+        "memory_ratio": round(ours.peak_mb / plain.peak_mb, 3),
+        "speedup_default": round(ours.tokens_per_s / default.tokens_per_s, 3),
+        "memory_ratio_default": round(ours.peak_mb / default.peak_mb, 3),
+        "max_loss_difference": round(max(differences), 4),
+    }
+
+
+def measure_levers(names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Each lever: with it over without it, for speed and for memory."""
+    done: dict[Arm, Measured] = {}
+    levers = {}
+    for name in names:
+        pair = []
+        for switches in LEVERS[name]:
+            cached = {"lora_layers": TOP_LAYERS, "epochs": 2} if name == "cached_layers" else {}
+            arm = Arm("lever", SHORT, switches=tuple(switches.items()), **cached)
+            if arm not in done:
+                done[arm] = start(arm)
+            pair.append(done[arm])
+        with_it, without = pair
+        levers[name] = {
+            "speedup": round(with_it.tokens_per_s / without.tokens_per_s, 3),
+            "memory_ratio": round(with_it.peak_mb / without.peak_mb, 3),
+            "max_loss_difference": round(
+                max(abs(a - b) for a, b in zip(with_it.losses, without.losses, strict=True)), 4
+            ),
+        }
+    return levers
+
+
+def start(arm: Arm) -> Measured:
+    """Run an arm in a process of its own."""
+    say(f"{arm.name} {dict(arm.switches) or ''} ({arm.steps * arm.epochs} steps)")
+    command = [sys.executable, str(Path(__file__)), "--arm", json.dumps(asdict(arm))]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    measured = Measured(**json.loads(process.stdout.splitlines()[-1]))
+    say(f"  {measured.tokens_per_s:.0f} tokens/s, {measured.peak_mb:.0f} MB")
+    return measured
+
+
+def say(message: str) -> None:
+    """One line of progress."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Tables for people."""
+    print(f"{'':18} tokens/s  peak MB  last loss")
+    for name, arm in result["arms"].items():
+        print(f"{name:18} {arm['tokens_per_s']:8.1f} {arm['peak_mb']:8.0f} {arm['losses'][-1]:10.3f}")
+    if "speedup" in result:
+        print(
+            f"against TRL without checkpointing: {result['speedup']} x the speed, {result['memory_ratio']} x the memory"
+        )
+        print(
+            f"against TRL's default: {result['speedup_default']} x the speed, {result['memory_ratio_default']} x the memory"
+        )
+        print(f"largest difference of the losses: {result['max_loss_difference']}")
+    for name, lever in result["levers"].items():
+        print(f"{name:18} {lever['speedup']:8.2f} x the speed {lever['memory_ratio']:8.2f} x the memory")
+
+
+def run_arm(arm: Arm) -> Measured:
+    """In the arm's own process."""
+    return run_trl(arm) if arm.trl else run_ours(arm)
+
+
+def examples() -> list[Any]:
+    """Question-answer rows of both domains' seed questions, with none to two passages each: ragged, and the same for all."""
+    from domains.domain import load_domain
+    from domains.jsonl import read_jsonl
+    from domains.records import Example, Question
+    from pipeline.rows import answer_text, gold_quotes
+    from rag.answers import format_reply
+    from rag.load import load_documents
+    from rag.passages import split_document
+    from rag.prompt import render_question, student_messages
+
+    chooser = random.Random(SEED)
+    made = []
+    for name in DOMAINS:
+        domain = load_domain(name)
+        assert domain.documents is not None
+        assert domain.questions is not None
+        sizes = domain.config.index
+        passages = [
+            passage
+            for document in load_documents(domain.documents).documents
+            for passage in split_document(
+                document, max_chars=sizes.passage_chars, overlap_chars=sizes.overlap_chars
+            )
+        ]
+        for question in read_jsonl(domain.questions, Question):
+            if question.split != "seed" or not question.gold:
+                continue
+            home = [passage for passage in passages if passage.doc_id == question.about]
+            chooser.shuffle(home)
+            home.sort(key=lambda passage: not gold_quotes(question, [passage]))  # the gold one comes first
+            shown = home[: chooser.choice((0, 1, 1, 2))]
+            completion = format_reply(
+                quotes=gold_quotes(question, shown), rationale="", answer=answer_text(question)
+            )
+            made.append(
+                Example(
+                    id=question.id,
+                    question_id=question.id,
+                    messages=student_messages(domain.prompts["system"], render_question(question), shown),
+                    completion=completion,
+                    passages=[passage.passage_id for passage in shown],
+                    origin="gold",
+                    request="benchmark",
+                )
+            )
+    chooser.shuffle(made)
+    return made[: STEPS * ROWS_PER_STEP]
+
+
+def run_ours(arm: Arm) -> Measured:
+    """This project's loop, `pipeline.training_loop.Trainer`, with its steps' rows given."""
+    from pipeline.levers import Levers
+    from pipeline.packing import encode_examples, use_packed_attention
+    from pipeline.progress import Silent
+    from pipeline.qlora import attach_lora, quantize_nf4, training_dtype
+    from pipeline.student import load_base
+    from pipeline.training_loop import Settings, Trainer
+
+    levers = replace(Levers(), **dict(arm.switches))
+    base = load_base(arm.base, dtype=training_dtype(bf16=levers.bf16))
+    rows, _ = encode_examples(examples()[: arm.steps * ROWS_PER_STEP], base, max_tokens=NO_LIMIT)
+    room = max(PACK_TOKENS, *(len(row.ids) for row in rows))
+    quantize_nf4(base.model)
+    use_packed_attention(base.model)
+    adapted = attach_lora(base.model, rank=RANK, alpha=ALPHA, dropout=0.0, seed=SEED, layers=arm.lora_layers)
+    settings = Settings(
+        rank=RANK,
+        alpha=ALPHA,
+        dropout=0.0,
+        learning_rate=RATE,
+        warmup_share=0.0,
+        epochs=1,
+        pack_tokens=room,
+        packs_per_step=1,
+        max_grad_norm=1.0,
+        seed=SEED,
+        lora_layers=arm.lora_layers,
+        levers=levers,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(adapted, base.model, rows, (), settings, Path(folder), "")
+        batches = [rows[i * ROWS_PER_STEP : (i + 1) * ROWS_PER_STEP] for i in range(arm.steps)]
+        trainer.epochs = [[packs_of(batch, room, packing=levers.packing) for batch in batches]] * arm.epochs
+        trainer.total = arm.steps * arm.epochs
+        state = trainer.fit(Silent(), checkpoint_steps=10**6)
+    history = [line for line in state.history if "loss" in line]
+    timed = history[max(1, arm.steps * (arm.epochs - 1)) :]  # the last epoch, never the first step
+    seconds = sum(line["seconds"] for line in timed)
+    tokens = sum(line["tokens"] for line in timed)
+    return Measured(
+        tokens / seconds,
+        peak_mb(),
+        [line["loss"] for line in history],
+        sum(line["tokens"] for line in history),
+    )
+
+
+def packs_of(rows: Sequence[Any], room: int, *, packing: bool) -> list[Any]:
+    """The packs of a step; without packing one padded batch."""
+    from pipeline.packing import Pack, pack
+
+    return list(pack(rows, room, seed=SEED, epoch=0)) if packing else [Pack(tuple(rows))]
+
+
+def run_trl(arm: Arm) -> Measured:
+    """Plain transformers + bitsandbytes + peft + TRL's SFTTrainer on the same texts."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from pipeline.packing import encode_examples
+    from pipeline.qlora import BLOCK_LINEARS
+    from pipeline.student import load_base, render_prompt
+    from pipeline.unpack import unpacked_gguf
+
+    base = load_base(arm.base, dtype=torch.bfloat16)
+    chosen = examples()[: arm.steps * ROWS_PER_STEP]
+    rows, _ = encode_examples(chosen, base, max_tokens=NO_LIMIT)
+    end = base.tokenizer.decode([base.end_of_turn])
+    texts = [{"prompt": render_prompt(base, e.messages), "completion": e.completion + end} for e in chosen]
+    tokenizer = base.tokenizer
+    del base
+    model = AutoModelForCausalLM.from_pretrained(
+        str(unpacked_gguf(packaged_gguf())) if arm.base == SMOLLM2 else arm.base,
+        dtype=torch.bfloat16,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        ),
+    )
+    lora = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=list(BLOCK_LINEARS), bias="none", task_type="CAUSAL_LM"
+    )
+    torch.manual_seed(SEED)
+    model = get_peft_model(model, lora)
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            seconds.append(-time.monotonic())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds[-1] += time.monotonic()
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = SFTConfig(
+            output_dir=folder,
+            per_device_train_batch_size=ROWS_PER_STEP,
+            num_train_epochs=1,
+            learning_rate=RATE,
+            lr_scheduler_type="cosine",
+            train_sampling_strategy="sequential",
+            completion_only_loss=True,
+            max_length=None,
+            gradient_checkpointing=arm.trl_checkpointing,
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=SEED,
+        )
+        trainer = SFTTrainer(
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_list(texts),
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        )
+        stretch_schedule(trainer)
+        trainer.train()
+    same = [tuple(ids) for ids in trainer.train_dataset["input_ids"]] == [row.ids for row in rows]
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    tokens = sum(len(row.ids) for row in rows)
+    timed = tokens - sum(len(row.ids) for row in rows[:ROWS_PER_STEP])
+    return Measured(timed / sum(seconds[1:]), peak_mb(), losses, tokens, same)
+
+
+def stretch_schedule(trainer: Any) -> None:
+    """A run that stops early follows the whole run's schedule."""
+    create = trainer.create_scheduler
+
+    def whole(num_training_steps: int, optimizer: Any = None) -> Any:
+        return create(max(STEPS, num_training_steps), optimizer)
+
+    trainer.create_scheduler = whole
+
+
+def peak_mb() -> float:
+    """The most memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+if __name__ == "__main__":
+    main()

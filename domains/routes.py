@@ -1,0 +1,85 @@
+"""What the training methods of ``[train] method`` are allowed, and what they bring where a key is left out.
+
+``qlora`` trains beside NF4 weights and is merged and rounded again for serving. The others train the very blocks
+that the GGUF file holds: the file's format follows from their grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from domains.config import DomainConfig
+
+Method = Literal["qlora", "qalora", "qat", "grid-lora"]
+Grid = Literal["Q4_0", "Q4_1", "Q8_0"]
+
+# The first one is taken where [train] grid is left out.
+GRIDS: Mapping[str, tuple[Grid, ...]] = {
+    "qlora": (),
+    "qalora": ("Q4_1", "Q4_0"),
+    "qat": ("Q4_0", "Q4_1"),
+    "grid-lora": ("Q8_0", "Q4_0", "Q4_1"),
+}
+# An adapter that is constant inside a block has 1/32 of the inputs: it wants a several times higher rate.
+LEARNING_RATES: Mapping[str, float] = {"qlora": 1e-3, "qalora": 3e-3, "qat": 1e-3, "grid-lora": 1e-3}
+_BLOCKS = ("Q4_0", "Q4_1", "Q8_0")
+_INSIDE = {"qalora", "qat"}  # methods whose adapter lies inside the weight
+
+
+def complete_train(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``[train]`` with the method's own grid and learning rate where the table names none."""
+    method = values.get("method", "qlora")
+    if not isinstance(method, str) or method not in GRIDS:
+        return dict(values)  # its type is checked next
+    own: dict[str, Any] = {"learning_rate": LEARNING_RATES[method]}
+    if GRIDS[method]:
+        own["grid"] = GRIDS[method][0]
+    return own | dict(values)
+
+
+def complete_export(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole file with ``[export]`` following the grid where it names no formats of its own."""
+    train, export = values.get("train", {}), values.get("export", {})
+    if not isinstance(train, Mapping) or not isinstance(export, Mapping):
+        return dict(values)
+    grid = complete_train(train).get("grid")
+    if grid is None:
+        return dict(values)
+    return dict(values) | {"export": {"serve": grid, "formats": [grid]} | dict(export)}
+
+
+def contradictions(config: DomainConfig) -> list[str]:
+    """Settings that can't go together, each with what to write instead."""
+    train, found = config.train, []
+    allowed = GRIDS[train.method]
+    if train.grid is not None and train.grid not in allowed:
+        choice = " or ".join(repr(grid) for grid in allowed) or "none: it trains beside NF4 weights"
+        return [f"train.grid = {train.grid!r}: method = {train.method!r} knows {choice}"]
+    if train.grid is not None and config.export.serve != train.grid:
+        found.append(
+            f"export.serve = {config.export.serve!r}: method = {train.method!r} trains the blocks that are served; "
+            f'leave serve out, or write serve = "{train.grid}", or another [train] grid or method = "qlora"'
+        )
+    if train.grid is not None and config.reflect.backend == "tokens":
+        found.append(
+            f"train.method = {train.method!r}: [reflect] backend = 'tokens' trains rows of the embedding, which only "
+            'method = "qlora" does; choose it, or backend = "text"'
+        )
+    if train.grid is not None and config.export.rounding != "llama.cpp":
+        found.append(
+            f"export.rounding = {config.export.rounding!r}: method = {train.method!r} trains the blocks that are served, "
+            'so nothing is rounded; leave rounding out, or write [train] method = "qlora"'
+        )
+    elif config.export.rounding not in {"llama.cpp", "search"} and config.export.serve not in _BLOCKS:
+        found.append(
+            f"export.rounding = {config.export.rounding!r}: made for the grids {', '.join(_BLOCKS)}, not for "
+            f'serve = {config.export.serve!r}; write one of these in serve, or rounding = "llama.cpp"'
+        )
+    if train.method in _INSIDE and train.dropout:
+        found.append(
+            f"train.dropout = {train.dropout}: the adapter of method = {train.method!r} lies inside the weight, where "
+            "no input can be dropped; write dropout = 0"
+        )
+    return found

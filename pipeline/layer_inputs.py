@@ -1,0 +1,78 @@
+"""What reaches each linear layer of a network on calibration text, one decoder layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from domains.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the first layer's inputs are known."""
+
+
+class Stream:
+    """The residual stream of all calibration batches, and what attention needs beside it."""
+
+    def __init__(self, network: Any, batches: Sequence[torch.Tensor]) -> None:
+        self.hidden: list[torch.Tensor] = []
+        self.arguments: list[dict[str, Any]] = []
+        handle = network.model.layers[0].register_forward_pre_hook(self._take, with_kwargs=True)
+        try:
+            for batch in batches:
+                try:
+                    network.model(input_ids=batch, use_cache=False)
+                except _Stop:
+                    continue
+        finally:
+            handle.remove()
+        if not self.hidden:
+            raise ModelError(
+                "there is no calibration text",
+                expected="at least one batch of token ids",
+                next_step="preceptor curate DOMAIN",
+            )
+
+    def _take(self, _layer: Any, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        given = dict(arguments)
+        self.hidden.append(inputs[0] if inputs else given.pop("hidden_states"))
+        self.arguments.append(given)
+        raise _Stop
+
+
+def attended(layer: Any, stream: Stream) -> Iterator[torch.Tensor]:
+    """What reaches ``o_proj``, batch by batch."""
+    caught: list[torch.Tensor] = []
+    handle = layer.self_attn.o_proj.register_forward_pre_hook(
+        lambda _module, inputs: caught.append(inputs[0])
+    )
+    try:
+        for rows, arguments in zip(stream.hidden, stream.arguments, strict=True):
+            layer.self_attn(hidden_states=layer.input_layernorm(rows), **arguments)
+            yield caught.pop()
+    finally:
+        handle.remove()
+
+
+def activated(layer: Any, rows: torch.Tensor) -> torch.Tensor:
+    """What reaches ``down_proj``."""
+    mlp, normed = layer.mlp, layer.post_attention_layernorm(rows)
+    activated: torch.Tensor = mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)
+    return activated
+
+
+def second_moments(inputs: Iterable[torch.Tensor]) -> torch.Tensor:
+    """E[x xᵀ] over all tokens, float64 [in, in]: products in float32 per batch, summed in float64."""
+    total: torch.Tensor | None = None
+    count = 0
+    for rows in inputs:
+        flat = rows.reshape(-1, rows.shape[-1])
+        product = (flat.T @ flat).double()
+        total = product if total is None else total.add_(product)
+        count += len(flat)
+    assert total is not None
+    return total / count

@@ -1,0 +1,129 @@
+"""A base model on a GGUF grid: the blocks that are trained on, and those that are only carried along.
+
+What is served is rounded; so the training network uses the rounded numbers from its first step. Matrices of the
+blocks lie on the method's grid. Embedding and head keep the format of the base's own GGUF file, or take Q8_0.
+Norms are never rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from domains.errors import ModelError
+from domains.routes import Grid
+from pipeline.grids.blocks import BLOCK, Blocks, Packed
+from pipeline.grids.layout import pack, unpack
+from pipeline.grids.library import ggml_decode
+from pipeline.grids.rounding import decode, encode
+from pipeline.grids.search import fit
+from pipeline.student import Base
+from serve.models import SMOLLM2, packaged_gguf
+
+_GRIDS = {"Q4_0", "Q4_1", "Q8_0"}
+_OUTER = ("model.embed_tokens.weight", "lm_head.weight")
+_OUTER_GRID: Grid = "Q8_0"  # relative error 0.005; its kernels are the fast ones for a large output matrix
+
+
+def block_linears(model: Any) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers of the blocks by their names in ``model``."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and path.startswith("model.layers."):
+            yield path, module
+
+
+def base_blocks(base: Base, grid: Grid) -> dict[str, Blocks]:
+    """The blocks of every linear layer by parameter name.
+
+    A base that comes as GGUF and lies on the grid gives its file's own bytes; everything else is fitted.
+
+    Raises:
+        ModelError: a matrix has rows that blocks of 32 do not divide, or a bias.
+    """
+    own = _own_file(base)
+    found = {}
+    for path, linear in block_linears(base.model):
+        check_linear(path, linear)
+        name = f"{path}.weight"
+        if name in own and own[name].kind == grid:
+            found[name] = unpack(own[name].rows, grid)
+        else:
+            found[name] = fit(linear.weight.detach().float(), grid)
+    return found
+
+
+def outer_packed(base: Base) -> dict[str, Packed]:
+    """Embedding and head (where it is another matrix) as the served file will hold them.
+
+    A width that blocks do not divide is left out: such a matrix is written in F16 and rounded so by `set_outer`.
+    """
+    own = _own_file(base)
+    found = {}
+    for name, weight in _outer(base.model):
+        if name in own and own[name].kind not in {"F32", "F16", "BF16"}:
+            found[name] = own[name]
+        elif weight.shape[1] % BLOCK == 0:
+            found[name] = Packed(_OUTER_GRID, pack(encode(weight.detach().float(), _OUTER_GRID)))
+    return found
+
+
+def set_outer(model: Any, packed: Mapping[str, Packed]) -> None:
+    """Give embedding and head the numbers that the served file will hold, in place."""
+    with torch.no_grad():
+        for name, weight in _outer(model):
+            rounded = read_back(packed[name], weight.shape[1]) if name in packed else weight.half().float()
+            weight.copy_(rounded.to(weight.dtype))
+
+
+def set_linears(model: Any, packed: Mapping[str, Packed]) -> None:
+    """Give the blocks' linear layers the numbers of their packed matrices, in place; others stay."""
+    with torch.no_grad():
+        for path, linear in block_linears(model):
+            if f"{path}.weight" in packed:
+                linear.weight.copy_(read_back(packed[f"{path}.weight"], linear.in_features))
+
+
+def read_back(matrix: Packed, width: int) -> torch.Tensor:
+    """The numbers of a packed matrix, float32 [rows, width], exactly as ggml reads them."""
+    if matrix.kind in _GRIDS:
+        return decode(unpack(matrix.rows, matrix.kind))  # type: ignore[arg-type]
+    return torch.from_numpy(ggml_decode(matrix.rows, matrix.kind, width))
+
+
+def pack_blocks(blocks: Mapping[str, Blocks]) -> dict[str, Packed]:
+    """Blocks as bytes."""
+    return {name: Packed(value.grid, pack(value)) for name, value in blocks.items()}
+
+
+def _outer(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    parameters = dict(model.named_parameters())  # a tied head is listed once, as the embedding
+    for name in _OUTER:
+        if name in parameters:
+            yield name, parameters[name]
+
+
+def _own_file(base: Base) -> Mapping[str, Packed]:
+    """The matrices of the base's GGUF file; nothing for a base of another form."""
+    if base.name != SMOLLM2:
+        return {}
+    from pipeline.gguf_tensors import read_packed
+
+    return read_packed(packaged_gguf(), base.model.config)
+
+
+def check_linear(path: str, linear: nn.Linear) -> None:
+    """Pass if blocks have a place for a layer.
+
+    Raises:
+        ModelError: they have not.
+    """
+    if linear.in_features % BLOCK or linear.bias is not None:
+        what = "a bias" if linear.bias is not None else f"rows of {linear.in_features} weights"
+        raise ModelError(
+            f"{path!r} has {what}",
+            expected=f"rows that blocks of {BLOCK} weights divide, and no biases",
+            next_step='choose [train] method = "qlora" in domain.toml',
+        )

@@ -1,0 +1,112 @@
+"""Every way from a student to a file, on a tiny network, and the choice between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.candidates import CANDIDATES, Materials, Measured, measure, possible, weigh
+from pipeline.choose_format import choose
+from pipeline.fidelity import Fidelity, Reference, Text
+from pipeline.imatrix import collect_imatrix
+from pipeline.packing import Row
+from pipeline.progress import Silent
+from pipeline.roundings import Learning
+from pipeline.speed import Speed
+from pipeline.student import load_base
+from pipeline.student_files import write_f16
+from pipeline.training_loop import Settings
+from tests.tiny_llama import make_tiny_llama
+
+SETTINGS = Settings(
+    rank=4, alpha=8, dropout=0, learning_rate=1e-3, warmup_share=0.1, epochs=1, pack_tokens=256, packs_per_step=1,
+    max_grad_norm=1.0, seed=0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Measured]]:
+    folder = tmp_path_factory.mktemp("candidates")
+    base = load_base(str(make_tiny_llama(folder / "tiny")), dtype=torch.float32)
+    f16 = folder / "F16.gguf"
+    write_f16(f16, base.model, base, title="tiny")
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(*shape: int) -> torch.Tensor:
+        return torch.randint(10, 300, shape, generator=generator)
+
+    batches = [ids(4, 64) for _ in range(4)]
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    materials = Materials(
+        network=base.model, base=base, f16=f16, batches=batches,
+        rows=[Row(id=f"r{number}", ids=tuple(ids(60).tolist()), n_prompt=30) for number in range(8)],
+        imatrix=collect_imatrix(base.model, [row.tolist() for row in torch.cat(batches)], max_tokens=10**6),
+        settings=SETTINGS, learning=Learning(steps=2),
+    )  # fmt: skip
+    reference = Reference.of_file(f16, [Text(tuple(ids(80).tolist())) for _ in range(6)])
+    found = measure(CANDIDATES, materials, folder / "files", reference, Silent(), speed=False)
+    yield {each.candidate.name: each for each in found}
+    for name, tensor in base.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name  # every candidate starts from the same student
+    assert len(possible(CANDIDATES, replace(materials, rows=[]))) == len(CANDIDATES) - 2
+
+
+def test_every_candidate_becomes_a_file_that_llama_cpp_runs(measured: dict[str, Measured]) -> None:
+    assert list(measured) == [each.name for each in CANDIDATES]
+    for name, each in measured.items():
+        assert 0 < each.fidelity.kl.mean < 0.2, name
+        assert weigh(each.path) == (each.bytes, each.block_bits_per_weight, each.untied_bytes)
+    assert measured["gptq-q4_0"].block_bits_per_weight == 4.5
+    assert measured["qalora-q4_1"].block_bits_per_weight == 5.0
+
+
+def test_only_a_rotated_stream_unties(measured: dict[str, Measured]) -> None:
+    untied = {name for name, each in measured.items() if each.untied_bytes}
+    assert untied == {"r1r2-gptq-q4_0", "learned-gptq-q4_0"}
+    bigger = measured["r1r2-gptq-q4_0"].bytes - measured["gptq-q4_0"].bytes
+    assert bigger == pytest.approx(measured["r1r2-gptq-q4_0"].untied_bytes, rel=0.05)
+
+
+def test_compensation_and_search_help(measured: dict[str, Measured]) -> None:
+    kl = {name: each.fidelity.kl.mean for name, each in measured.items()}
+    assert kl["llamacpp-q8_0"] < kl["gptq-q4_1"] < kl["gptq-q4_0"] < kl["mse-q4_0"] < kl["rtn-q4_0"]
+
+
+def test_bounds_decide_who_is_near_enough(measured: dict[str, Measured]) -> None:
+    strict = choose(list(measured.values()), max_kl=0.02, min_top1=0.5)
+    assert strict.winner.candidate.name == "llamacpp-q8_0"
+    assert len(strict.reasons) == len(measured) - 1
+    none = choose([measured["rtn-q4_0"], measured["gptq-q4_0"]], max_kl=0.001, min_top1=0.9)
+    assert none.winner.candidate.name == "gptq-q4_0"
+    assert "nearest" in none.reasons[-1]
+    loose = choose(list(measured.values()), max_kl=1.0, min_top1=0.1)
+    assert loose.winner.bytes == min(each.bytes for each in measured.values())
+
+
+def fake(
+    name: str, *, kl: float, wobble: float = 0.0, speed: float = 100.0, exam: tuple[float, ...] = ()
+) -> Measured:
+    candidate = next(each for each in CANDIDATES if each.name == name)
+    sums = tuple(kl + wobble * (-1) ** number for number in range(20))
+    fidelity = Fidelity(sums, (1.0,) * 20, (1,) * 20, (1,) * 20)
+    return Measured(candidate, Path(name), 0.0, 100, 4.5, 0, fidelity, exam, Speed(speed, speed))
+
+
+def test_a_rotation_ships_only_beyond_noise() -> None:
+    plain = fake("gptq-q4_0", kl=0.010)
+    noisy = fake("r1r2-gptq-q4_0", kl=0.009, wobble=0.008, speed=500)
+    certain = fake("r1r2-gptq-q4_0", kl=0.005, speed=500)
+    assert choose([plain, noisy], max_kl=0.02, min_top1=0.9).winner is plain
+    assert choose([plain, certain], max_kl=0.02, min_top1=0.9).winner is certain
+
+
+def test_a_file_that_fails_the_exam_is_not_chosen_for_its_speed() -> None:
+    good = fake("llamacpp-q8_0", kl=0.001, exam=(1.0, 0.8) * 10)
+    bad = fake("qat-q4_0", kl=0.01, speed=900, exam=(0.3, 0.1) * 10)
+    choice = choose([good, bad], max_kl=0.02, min_top1=0.9)
+    assert choice.winner is good
+    assert "70 points worse" in choice.reasons[0]

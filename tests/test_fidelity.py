@@ -1,0 +1,66 @@
+"""KL and perplexity of files against a reference, through llama.cpp."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.fidelity import Fidelity, Reference, Text, compare
+from pipeline.speed import measure_speed
+from pipeline.student import load_base
+from pipeline.student_files import write_f16
+from serve.quantizer import requantize
+from tests.tiny_llama import make_tiny_llama
+
+
+def test_kl_and_likelihood_are_those_of_the_formulas() -> None:
+    rng = np.random.default_rng(0)
+    before, after = rng.normal(size=(2, 300, 7)).astype(np.float32)
+    targets = rng.integers(0, 7, 300).tolist()
+    p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (before.astype(float), after.astype(float)))
+    kl, nll, same, positions = compare(before, after, targets)
+    assert kl == pytest.approx((p * np.log(p / q)).sum())
+    assert nll == pytest.approx(-np.log(q[np.arange(300), targets]).sum())
+    assert (same, positions) == ((p.argmax(1) == q.argmax(1)).sum(), 300)
+    assert compare(before, before, targets)[0] == 0
+
+
+def test_a_difference_is_paired_by_text() -> None:
+    near = Fidelity((1.0, 10.0, 100.0), (1.0, 1.0, 1.0), (1, 1, 1), (10, 10, 10))
+    far = Fidelity((1.5, 10.5, 100.5), (1.0, 1.0, 1.0), (1, 1, 1), (10, 10, 10))
+    gap = near.minus(far)
+    assert gap.mean == pytest.approx(-0.05)
+    assert gap.low == pytest.approx(-0.05)  # the texts differ much, the pairs do not
+    assert gap.high == pytest.approx(-0.05)
+    assert near.perplexity == pytest.approx(math.exp(0.1))
+
+
+def write_tiny(folder: Path) -> Path:
+    base = load_base(str(make_tiny_llama(folder / "tiny")), dtype=torch.float32)
+    write_f16(folder / "f16.gguf", base.model, base, title="tiny")
+    return folder / "f16.gguf"
+
+
+def test_a_file_is_itself_and_a_coarser_one_is_farther(tmp_path: Path) -> None:
+    f16 = write_tiny(tmp_path)
+    texts = [Text(tuple(range(20 + shift, 60 + shift)), first=3 * shift) for shift in range(3)]
+    reference = Reference.of_file(f16, texts)
+    same = reference.measure(f16)
+    assert same.positions == (39, 36, 33)
+    assert same.kl.mean < 1e-9
+    assert same.top1_agreement == 1
+    found = {}
+    for kind in ("Q8_0", "Q4_0"):
+        requantize(f16, tmp_path / f"{kind}.gguf", kind, outer="F16")  # type: ignore[arg-type]
+        found[kind] = reference.measure(tmp_path / f"{kind}.gguf").kl.mean
+    assert 0 < found["Q8_0"] < found["Q4_0"]
+
+
+def test_speed_is_measured_in_tokens_per_second(tmp_path: Path) -> None:
+    speed = measure_speed(write_tiny(tmp_path), prompt_tokens=32, decode_tokens=4, repeats=1)
+    assert speed.prompt_tokens_per_s > 0
+    assert speed.decode_tokens_per_s > 0
