@@ -15,6 +15,7 @@ from domains.routes import Grid, Method, complete_export, complete_train, contra
 from domains.steps import STEPS, JudgeOptions, LabelStep, Step
 
 GgufType = Literal["F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K_M"]
+OptionsBy = Literal["student", "evidence"]
 Rounding = Literal["rtn", "mse", "gptq", "r2-gptq", "r1r2-gptq", "learned-gptq"]
 KvCache = Literal["f16", "q8_0", "q4_0"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -326,6 +327,8 @@ class ServeSection(Record):
     they are rounded, llama.cpp turns them by a Hadamard matrix (SpinQuant's R3, arXiv 2405.16406).
     ``votes`` replies are written to each question, all but the first drawn at ``vote_temperature``; the answer that
     most give is taken (KARD's n-sample inference, arXiv 2305.18395). It costs that many times the writing.
+    ``options``: who answers questions with lettered options, the ``student``, or the ``evidence``: the option whose
+    words, put into the question, find the best passage.
     """
 
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
@@ -335,6 +338,7 @@ class ServeSection(Record):
     max_wrong: Share = 0.0
     kv_cache: KvCache = "f16"
     votes: Annotated[int, Field(ge=1, le=64)] = 1
+    options: OptionsBy = "student"
     vote_temperature: Annotated[float, Field(gt=0, le=2)] = 0.7
 
 

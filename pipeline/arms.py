@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
-from domains.config import KvCache, ReflectSection
+from domains.config import KvCache, OptionsBy, ReflectSection
 from domains.errors import ContextOverflow, DataError
 from domains.jsonl import read_jsonl, write_jsonl
 from domains.records import Answer, Hit, Question, Record
@@ -52,9 +52,11 @@ _CODE = (
     "serve.engine",
     "serve.llama",
     "serve.llama_model",
+    "serve.options",
     "serve.vote",
     "rag.answers",
     "rag.citations",
+    "rag.options",
     "rag.prompt",
     "rag.sentences",
     "rag.untrusted",
@@ -86,6 +88,7 @@ class Conditions:
     context: int
     reflect: ReflectSection = field(default_factory=ReflectSection)
     votes: Votes = GREEDY
+    options: OptionsBy = "student"
     kv_cache: KvCache = "f16"
 
     @property
@@ -221,6 +224,7 @@ def _ask_chunk(
         signals=True,
         reflector=reflector,
         votes=conditions.votes,
+        options=conditions.options,
     )
     asked = [_prepare(assistant, question) for _, question in chunk]
     engine.forget()  # so that a resumed exam gives the answers of an uninterrupted one

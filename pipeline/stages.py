@@ -225,7 +225,7 @@ STAGES = (
         code=(
             "pipeline.calibrate", "pipeline.fit_reflection", "pipeline.reflection_cases", "pipeline.metrics", "pipeline.development", "pipeline.fit", "pipeline.right", "pipeline.selective",
             "pipeline.bootstrap", "pipeline.bundle", "pipeline.wording", "serve.assistant", "serve.checking",
-            "serve.confidence", "serve.signals", "serve.vote", "rag.sentences",
+            "serve.confidence", "serve.signals", "serve.options", "rag.options", "serve.vote", "rag.sentences",
             *REFLECTION, "serve.reflection_fit", "rag.reflection", "rag.verdicts",
             "serve.engine", "serve.llama", "serve.llama_model", "domains.words", "rag.citations", "rag.prompt", "rag.untrusted", "rag.answers", *RETRIEVAL,
         ),
@@ -241,7 +241,7 @@ STAGES = (
             "pipeline.exam", "pipeline.arms", "pipeline.metrics", "pipeline.bootstrap", "pipeline.summary",
             "pipeline.verdict", "pipeline.report", "pipeline.plots", "pipeline.base_gguf", "pipeline.token_rows", "pipeline.reflection_report",
             "pipeline.bundle", "pipeline.right", "pipeline.selective", "pipeline.selective_report", "pipeline.wording",
-            "serve.assistant", "serve.checking", "serve.confidence", "serve.signals", "serve.vote", "rag.sentences", *REFLECTION, "serve.reflection_fit", "rag.reflection", "rag.verdicts",
+            "serve.assistant", "serve.checking", "serve.confidence", "serve.signals", "serve.options", "rag.options", "serve.vote", "rag.sentences", *REFLECTION, "serve.reflection_fit", "rag.reflection", "rag.verdicts",
             "serve.engine", "serve.llama", "serve.llama_model", "domains.words", "rag.citations", "rag.prompt", "rag.untrusted", "rag.answers", *RETRIEVAL,
         ),
     ),

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from domains.config import OnUnsupported
+from domains.config import OnUnsupported, OptionsBy
 from domains.errors import ContextOverflow
 from domains.records import Answer, Hit, Message, Reflection
 from rag.answers import one_reply, parse_reply
@@ -18,6 +18,7 @@ from rag.prompt import neutralise, student_messages
 from serve.checking import Checked, check_reply
 from serve.confidence import Calibration
 from serve.engine import Completion, Engine
+from serve.options import pick_option
 from serve.reflection import Reflected, Reflector
 from serve.signals import likelihood_of, measure
 from serve.streaming import ReplyStream
@@ -63,6 +64,7 @@ class Assistant:
         threshold: abstain where the confidence is lower.
         signals: measure an answer's signals although there is no calibration.
         reflector: judges evidence while answering, see `serve.reflection`; None shows the passages and answers.
+        options: who answers questions with options: the model, or the ``evidence`` (see `serve.options`).
         votes: how many replies are written to a question that is not reflected upon, see `serve.vote`.
     """
 
@@ -81,6 +83,7 @@ class Assistant:
         signals: bool = False,
         reflector: Reflector | None = None,
         votes: Votes = GREEDY,
+        options: OptionsBy = "student",
     ) -> None:
         self.engine = engine
         self.retriever = retriever
@@ -91,6 +94,7 @@ class Assistant:
         self._unsupported = unsupported
         self._reflector = reflector
         self._votes = votes
+        self._picks = options == "evidence" and retriever is not None and reflector is None
         self._calibration = calibration
         self._threshold = threshold if calibration is not None and calibration.signals else 0.0
         self._watch = self._abstaining_token() if signals or calibration is not None else None
@@ -172,7 +176,28 @@ class Assistant:
         if self._reflector is not None:
             made = self._reflector.reflect(asked, self)
             return [self._judge_reflected(item, result) for item, result in zip(asked, made, strict=True)]
-        return [self.judge(item, reply) for item, reply in zip(asked, self._reply(asked), strict=True)]
+        picked = [self._pick(item) for item in asked]
+        rest = [item for item, answer in zip(asked, picked, strict=True) if answer is None]
+        written = iter(self._reply(rest) if rest else [])
+        return [
+            answer if answer is not None else self.judge(item, next(written))
+            for item, answer in zip(asked, picked, strict=True)
+        ]
+
+    def _pick(self, asked: Asked) -> Answer | None:
+        """The answer to a question with options, by evidence; None where the model is to write it.
+
+        Its confidence stays open: the calibration is of what the model writes.
+        """
+        if not self._picks:
+            return None
+        picked = pick_option(
+            asked.question, lambda query, count: self.find(query, top_k=count), asked.hits
+        )
+        if picked is None:
+            return None
+        completion = Completion(picked.reply, [], 0, "stop")
+        return self.judge(replace(asked, hits=picked.hits), completion, written=False)
 
     def _reply(self, asked: Sequence[Asked]) -> list[Completion]:
         """The greedy completion of each, or the one that several drawn ones agree with."""
@@ -202,6 +227,11 @@ class Assistant:
         Closing the iterator stops the model. An assistant that reflects or votes weighs several answers, so its
         text comes in one piece, whatever the temperature.
         """
+        answer = self._pick(asked)
+        if answer is not None:
+            yield answer.text
+            yield answer
+            return
         if self._reflector is not None or self._votes.count > 1:
             (answer,) = self.ask_many([asked])
             yield answer.text
@@ -259,8 +289,18 @@ class Assistant:
             }
         )
 
-    def judge(self, asked: Asked, completion: Completion, reflection: Reflection | None = None) -> Answer:
-        """Check a completion against the evidence it was shown, and say how sure it is."""
+    def judge(
+        self,
+        asked: Asked,
+        completion: Completion,
+        reflection: Reflection | None = None,
+        *,
+        written: bool = True,
+    ) -> Answer:
+        """Check a completion against the evidence it was shown, and say how sure it is.
+
+        ``written`` is False where no model wrote it: then nothing says how sure it is.
+        """
         checked = check_reply(
             completion.text,
             question=asked.question,
@@ -268,7 +308,7 @@ class Assistant:
             abstain=self._abstain,
             unsupported=self._unsupported,
         )
-        signals = self._signals(asked, completion, checked, reflection)
+        signals = self._signals(asked, completion, checked, reflection) if written else {}
         confidence = None
         if signals and self._calibration is not None and checked.given:
             confidence = self._calibration.confidence(signals)

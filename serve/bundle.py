@@ -211,6 +211,7 @@ def _open(
         calibration=calibration,
         threshold=choice.level.threshold if choice else 0.0,
         reflector=reflector,
+        options=config.serve.options,
         votes=Votes(config.serve.votes, config.serve.vote_temperature),
     )
     return OpenBundle(assistant, engine, retriever, config, manifest, folder, notes)

@@ -56,11 +56,12 @@ ASKING = {
         "serve.assistant",
         "serve.checking",
         "serve.confidence",
+        "serve.options",
         "serve.signals",
         "serve.streaming",
         "serve.vote",
     ),
-    *("rag.sentences", "pipeline.right", "pipeline.selective", "pipeline.reflection_report"),
+    *("rag.sentences", "rag.options", "pipeline.right", "pipeline.selective", "pipeline.reflection_report"),
 }
 NO_VERSION_IN = {
     "elicit": STORING,
