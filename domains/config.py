@@ -16,7 +16,7 @@ from domains.steps import STEPS, JudgeOptions, LabelStep, Step
 
 GgufType = Literal["F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K_M"]
 OptionsBy = Literal["student", "evidence"]
-Rounding = Literal["rtn", "mse", "gptq", "r2-gptq", "r1r2-gptq", "learned-gptq"]
+Rounding = Literal["rtn", "mse", "gptq", "r2-gptq", "r1r2-gptq", "learned-gptq", "tuned-gptq"]
 KvCache = Literal["f16", "q8_0", "q4_0"]
 Share = Annotated[float, Field(ge=0, le=1)]
 OnUnsupported = Literal["withdraw", "drop", "mark", "keep"]
@@ -275,8 +275,8 @@ class ExportSection(Record):
     With a ``grid`` in ``[train]``, ``serve`` and ``formats`` are that grid where they are left out, and ``serve`` can be
     no other: the file holds the blocks that were trained. Every other format is made by llama.cpp's quantizer.
     ``rounding`` says how the served file of another student gets onto its grid: by ``llama.cpp``'s quantizer; to the
-    nearest (``rtn``), with searched scales (``mse``), by GPTQ, with R2 or R1 and R2 rotated first, or with learned
-    rotations (SpinQuant); ``search`` makes all of them and more, measures them and serves the fastest that is near enough.
+    nearest (``rtn``), with searched scales (``mse``), by GPTQ, with R2 or R1 and R2 rotated first, with learned
+    rotations (SpinQuant), or with these and scales tuned afterwards; ``search`` makes all of them and more, measures them and serves the fastest that is near enough.
     """
 
     formats: list[GgufType] = ["Q8_0", "Q4_0", "Q4_K_M"]

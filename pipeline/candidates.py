@@ -69,6 +69,7 @@ CANDIDATES = _plan(
     ("r2-gptq", "Q4_0"),
     ("r1r2-gptq", "Q4_0"),
     ("learned-gptq", "Q4_0"),
+    ("tuned-gptq", "Q4_0"),
     ("qat", "Q4_0"),
     ("qalora", "Q4_1"),
 )

@@ -19,7 +19,7 @@ from serve.engine import Engine
 
 _RESAMPLES = 2000
 _SEED = 0
-_ROWS = 128  # positions whose log-probabilities are held in float64 at a time
+_ROWS = 256  # positions whose log-probabilities are held at a time
 
 Logits = NDArray[np.float32]
 
@@ -123,22 +123,18 @@ def compare(before: Logits, after: Logits, targets: Sequence[int]) -> tuple[floa
         after: the same of the other network.
         targets: [positions], the tokens that follow.
     """
+    import torch
+
     kl = nll = 0.0
     for begin in range(0, len(targets), _ROWS):
         rows = slice(begin, begin + _ROWS)
-        log_p, log_q = _log_softmax(before[rows]), _log_softmax(after[rows])
-        kl += float((np.exp(log_p) * (log_p - log_q)).sum())
-        picked = np.asarray(targets[rows])
-        nll -= float(log_q[np.arange(len(picked)), picked].sum())
+        log_p, log_q = (torch.log_softmax(torch.from_numpy(each[rows]), dim=1) for each in (before, after))
+        kl += float((log_p.exp() * (log_p - log_q)).sum(dim=1, dtype=torch.float64).sum())
+        picked = torch.tensor(list(targets[rows]))[:, None]
+        nll -= float(log_q.gather(1, picked).double().sum())
     same = int((before.argmax(axis=1) == after.argmax(axis=1)).sum())
     return kl, nll, same, len(targets)
 
 
 def _logits(network: Network, text: Text) -> Logits:
     return network(list(text.tokens[:-1]), first=text.first)
-
-
-def _log_softmax(logits: Logits) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return result

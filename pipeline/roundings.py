@@ -6,6 +6,7 @@
     r2-gptq        the values of each layer's heads rotated by a Hadamard matrix, then GPTQ
     r1r2-gptq      the residual stream rotated too: embeddings are untied, then GPTQ
     learned-gptq   both rotations learned by Cayley descent (SpinQuant, arXiv 2405.16406), then GPTQ
+    tuned-gptq     the same, then block scales and norms tuned on the KL (`pipeline.tune_scales`)
 
 Embedding and output matrix are Q8_0 in all of them.
 """
@@ -19,23 +20,25 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from domains.config import Rounding
 from pipeline.grids import Blocks, GridName, Packed, encode, fit, pack
-from pipeline.qlora import BLOCK_LINEARS
+from pipeline.qlora import BLOCK_LINEARS, training_dtype
 
 if TYPE_CHECKING:
     import torch
 
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
-ROTATING: frozenset[str] = frozenset({"r2-gptq", "r1r2-gptq", "learned-gptq"})
-Loss = Literal["kl", "ce"]
+ROTATING: frozenset[str] = frozenset({"r2-gptq", "r1r2-gptq", "learned-gptq", "tuned-gptq"})
+Loss = Literal["kl", "ce", "error"]
 
 
 @dataclass(frozen=True)
 class Learning:
-    """How rotations are learned, see `pipeline.spin.learn_rotations`."""
+    """How rotations are learned (`pipeline.spin.learn_rotations`) and scales tuned (`pipeline.tune_scales`)."""
 
     steps: int = 24
-    learning_rate: float = 1.5
-    loss: Loss = "kl"
+    learning_rate: float = 1.0
+    loss: Loss = "error"
+    tuning_steps: int = 24
+    sweeps: int = 2
 
 
 @dataclass(frozen=True)
@@ -68,23 +71,32 @@ def round_student(
         learning: how ``learned-gptq`` learns.
         on_layer: told of finished layers, and of all.
     """
-    network = copy.deepcopy(network)
     if rounding in {"rtn", "mse"}:
+        network = copy.deepcopy(network)
         blocks = {
             name: encode(weight, grid) if rounding == "rtn" else fit(weight, grid)
             for name, weight in _block_weights(network).items()
         }
         _put(network, blocks)
         return Rounded(network, _packed(network, blocks), 0)
+    import torch
+
     from pipeline.gptq import collect_and_round
     from pipeline.rotate import fold_norms
 
-    untied = 0
+    untied, reference = 0, network
+    learning = learning or Learning()
+    network = copy.deepcopy(network)
     if rounding in ROTATING:
-        untied = _rotate(network, rounding, grid, batches, seed, learning or Learning())
+        untied = _rotate(network, rounding, grid, batches, seed, learning)
     else:
         fold_norms(network, final=False)
-    blocks = collect_and_round(network, batches, grid=grid, on_layer=on_layer)
+    blocks = collect_and_round(network, batches, grid=grid, sweeps=learning.sweeps, on_layer=on_layer)
+    if rounding == "tuned-gptq":
+        from pipeline.tune_scales import tune_scales
+
+        fast = training_dtype() == torch.bfloat16
+        blocks = tune_scales(network, reference, blocks, batches, steps=learning.tuning_steps, bfloat16=fast)
     return Rounded(network, _packed(network, blocks), untied)
 
 
@@ -100,7 +112,7 @@ def _rotate(
 
     turns_stream = rounding != "r2-gptq"
     untied = fold_norms(network, final=turns_stream)
-    if rounding == "learned-gptq":
+    if rounding in {"learned-gptq", "tuned-gptq"}:
         from pipeline.spin import learn_rotations
 
         rotations = learn_rotations(

@@ -107,7 +107,13 @@ ROUNDING = (
         "pipeline.cayley",
         "pipeline.spin",
     ),
-    *("pipeline.spin_error", "pipeline.spin_forward", "pipeline.layer_inputs", "pipeline.next_token_kl"),
+    *(
+        "pipeline.spin_error",
+        "pipeline.spin_forward",
+        "pipeline.tune_scales",
+        "pipeline.layer_inputs",
+        "pipeline.next_token_kl",
+    ),
     *(
         "pipeline.fidelity",
         "pipeline.speed",

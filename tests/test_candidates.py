@@ -45,7 +45,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Mea
         network=base.model, base=base, f16=f16, batches=batches,
         rows=[Row(id=f"r{number}", ids=tuple(ids(60).tolist()), n_prompt=30) for number in range(8)],
         imatrix=collect_imatrix(base.model, [row.tolist() for row in torch.cat(batches)], max_tokens=10**6),
-        settings=SETTINGS, learning=Learning(steps=2),
+        settings=SETTINGS, learning=Learning(steps=2, tuning_steps=2),
     )  # fmt: skip
     reference = Reference.of_file(f16, [Text(tuple(ids(80).tolist())) for _ in range(6)])
     found = measure(CANDIDATES, materials, folder / "files", reference, Silent(), speed=False)
@@ -66,7 +66,7 @@ def test_every_candidate_becomes_a_file_that_llama_cpp_runs(measured: dict[str, 
 
 def test_only_a_rotated_stream_unties(measured: dict[str, Measured]) -> None:
     untied = {name for name, each in measured.items() if each.untied_bytes}
-    assert untied == {"r1r2-gptq-q4_0", "learned-gptq-q4_0"}
+    assert untied == {"r1r2-gptq-q4_0", "learned-gptq-q4_0", "tuned-gptq-q4_0"}
     bigger = measured["r1r2-gptq-q4_0"].bytes - measured["gptq-q4_0"].bytes
     assert bigger == pytest.approx(measured["r1r2-gptq-q4_0"].untied_bytes, rel=0.05)
 
