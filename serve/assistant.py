@@ -191,9 +191,7 @@ class Assistant:
         """
         if not self._picks:
             return None
-        picked = pick_option(
-            asked.question, lambda query, count: self.find(query, top_k=count), asked.hits
-        )
+        picked = pick_option(asked.question, lambda query, count: self.find(query, top_k=count), asked.hits)
         if picked is None:
             return None
         completion = Completion(picked.reply, [], 0, "stop")
