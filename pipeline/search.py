@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from domains.config import GgufType, Rounding
 from domains.records import Example, Passage, Question
+from pipeline.calibration_text import calibration_batches
 from pipeline.candidates import CANDIDATES, Candidate, Materials, Measured, build, measure, possible
 from pipeline.choose_format import Choice, choose
 from pipeline.fidelity import Reference, Text
@@ -23,9 +24,6 @@ from pipeline.packing import encode_examples
 from pipeline.progress import Progress
 from pipeline.student import Base
 from pipeline.training_loop import Settings
-
-if TYPE_CHECKING:
-    import torch
 
 _WINDOW = 512
 _TEXTS = 12
@@ -53,7 +51,7 @@ class Work:
         rows, _ = encode_examples(
             self.examples, self.base, max_tokens=min(self.context, self.settings.pack_tokens)
         )
-        batches = calibration_batches([row.ids for row in rows])
+        batches = calibration_batches((row.ids for row in rows), length=_WINDOW, pieces=_CALIBRATION)
         texts = [ids for batch in batches for ids in batch.tolist()]
         return Materials(
             network=self.network,
@@ -101,17 +99,6 @@ def search(work: Work, held_out: HeldOut, progress: Progress) -> tuple[Choice, l
     for reason in choice.reasons:
         progress.say(f"not {reason}")
     return choice, found
-
-
-def calibration_batches(rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Rows put end to end and cut into windows of one length, four to a batch; at least one window."""
-    import torch
-
-    ids = [token for row in rows for token in row]
-    length = min(_WINDOW, len(ids))
-    windows = [ids[begin : begin + length] for begin in range(0, len(ids) - length + 1, length)]
-    windows = windows[:_CALIBRATION]
-    return [torch.tensor(windows[begin : begin + 4]) for begin in range(0, len(windows), 4)]
 
 
 def held_out_texts(base: Base, passages: Sequence[Passage]) -> list[Text]:

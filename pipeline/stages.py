@@ -94,6 +94,7 @@ METHODS = (
 ROUNDING = (
     *(
         "pipeline.search",
+        "pipeline.calibration_text",
         "pipeline.candidates",
         "pipeline.choose_format",
         "pipeline.roundings",
