@@ -328,7 +328,8 @@ class ServeSection(Record):
     ``votes`` replies are written to each question, all but the first drawn at ``vote_temperature``; the answer that
     most give is taken (KARD's n-sample inference, arXiv 2305.18395). It costs that many times the writing.
     ``options``: who answers questions with lettered options, the ``student``, or the ``evidence``: the option whose
-    words, put into the question, find the best passage.
+    words, put into the question, find the best passage (the student where ``max_wrong`` sets a bound: what is picked has
+    no confidence; and in the exam, which compares students).
     """
 
     port: Annotated[int, Field(ge=0, le=65535)] = 8080

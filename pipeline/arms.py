@@ -78,7 +78,8 @@ class Arm:
 class Conditions:
     """What is the same for all arms, see `serve.assistant.Assistant`. ``context`` is in tokens.
 
-    ``reflect`` counts for the arms that reflect.
+    ``reflect`` counts for the arms that reflect. ``options`` stays with the student: models are compared, and evidence
+    would answer for all of them alike (its own accuracy stands in docs/results.md).
     """
 
     system: str

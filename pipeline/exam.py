@@ -92,7 +92,6 @@ def _conditions(domain: Domain, bundle: Path) -> Conditions:
         max_tokens=config.exam.max_tokens,
         context=config.student.context,
         reflect=fitted(config.reflect, bundle),
-        options=config.serve.options,
         votes=Votes(config.serve.votes, config.serve.vote_temperature),
         kv_cache=config.serve.kv_cache,
     )

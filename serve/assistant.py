@@ -94,9 +94,10 @@ class Assistant:
         self._unsupported = unsupported
         self._reflector = reflector
         self._votes = votes
-        self._picks = options == "evidence" and retriever is not None and reflector is None
         self._calibration = calibration
         self._threshold = threshold if calibration is not None and calibration.signals else 0.0
+        # What is picked has no confidence: where the owner wants a bound on wrong answers, the model answers.
+        self._picks = options == "evidence" and retriever is not None and not self._threshold
         self._watch = self._abstaining_token() if signals or calibration is not None else None
         self._retrieving = threading.Lock()  # stores and stemmers need not be safe to share
 
@@ -173,16 +174,17 @@ class Assistant:
         """Answer prepared questions together, in the given order; greedy, or by vote."""
         if not asked:
             return []
+        picked = [self._pick(item) for item in asked]
+        rest = [item for item, answer in zip(asked, picked, strict=True) if answer is None]
+        written = iter(self._write_all(rest) if rest else [])
+        return [answer if answer is not None else next(written) for answer in picked]
+
+    def _write_all(self, asked: Sequence[Asked]) -> list[Answer]:
+        """What the model says to each question, reflected upon where there is a back-end."""
         if self._reflector is not None:
             made = self._reflector.reflect(asked, self)
             return [self._judge_reflected(item, result) for item, result in zip(asked, made, strict=True)]
-        picked = [self._pick(item) for item in asked]
-        rest = [item for item, answer in zip(asked, picked, strict=True) if answer is None]
-        written = iter(self._reply(rest) if rest else [])
-        return [
-            answer if answer is not None else self.judge(item, next(written))
-            for item, answer in zip(asked, picked, strict=True)
-        ]
+        return [self.judge(item, reply) for item, reply in zip(asked, self._reply(asked), strict=True)]
 
     def _pick(self, asked: Asked) -> Answer | None:
         """The answer to a question with options, by evidence; None where the model is to write it.

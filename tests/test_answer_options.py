@@ -7,6 +7,7 @@ from typing import Any
 from domains.records import Hit, Passage, Question
 from rag.prompt import render_question
 from serve.assistant import Assistant
+from serve.confidence import Calibration
 from serve.options import pick_option
 from tests.test_vote import ABSTAIN, Scripted
 
@@ -79,6 +80,13 @@ def test_the_answer_cites_the_passage_and_no_model_is_asked() -> None:
     assert not helper.engine.calls  # type: ignore[attr-defined]
     *pieces, last = helper.stream(helper.prepare(QUESTION))
     assert (pieces, last) == ([answer.text], answer)
+
+
+def test_a_bound_on_wrong_answers_leaves_options_to_the_model() -> None:
+    helper = assistant("evidence", Words())
+    assert helper._picks
+    helper = assistant("evidence", Words(), calibration=Calibration(signals=["margin"]), threshold=0.5)
+    assert not helper._picks
 
 
 def test_the_model_answers_the_rest() -> None:
