@@ -285,7 +285,7 @@ def rerank(domain: DomainName, profile: Profile = "quick", run: RunName = "", ru
 
 @app.command(epilog="Example: `preceptor train medical --profile full`")
 def train(domain: DomainName, profile: Profile = "quick", run: RunName = "", runs: Runs = Path("runs"), force: Force = False, as_json: AsJson = False) -> None:  # fmt: skip
-    """QLoRA on the student; a killed training goes on from its checkpoint."""
+    """Train the student by [train] method; a killed training goes on from its checkpoint."""
     _stage("train", domain, profile, run, runs, force, as_json)
 
 

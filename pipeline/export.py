@@ -31,7 +31,7 @@ from pipeline.student_files import Clock, Student, pass_gate, write_formats, wri
 from serve.engine import Engine
 from serve.manifest import BaseModelFacts
 
-_ASKED = 48  # prompts in a search, a third of them without the passages that answer
+_ASKED = 48  # prompts drawn for a search; those without the passages that answer are left out of it
 
 
 def run(domain: Domain, run: Run, progress: Progress) -> Report:

@@ -194,7 +194,7 @@ STAGES = (
     ),
     Stage(
         name="train",
-        summary="QLoRA on the student",
+        summary="the student learns, by [train] method",
         reads=("examples",),
         writes=("adapter",),
         sections=("student", "train", "reflect.backend"),
