@@ -4,11 +4,12 @@
     python benchmarks/distillation.py --quick      small samples, at most 15 minutes
     python benchmarks/distillation.py --json       the last line is one JSON object
     python benchmarks/distillation.py --parts retrieval abstention public
-    python benchmarks/distillation.py --parts students --top-k 1 --question-share 0 --keep 3
+    python benchmarks/distillation.py --parts sweep --profile quick
 
 Retrieval is measured on MedQuAD's answerable questions where ``--data`` has them (folders ``medquad_answerable``
 and ``medquad``), else on the domain's own corpus; ``abstention`` asks the same set, its unanswerable questions too,
-with the student that ``students`` trained, else with the untrained model. ``public`` chooses options
+with the student that ``students`` trained, else with the untrained model. ``sweep`` varies KARD's rationales per question (n),
+passages (k) and share of rows whose passages the question found, one at a time (left out of --quick). ``public`` chooses options
 (``openstax_health``), decides yes or no (``pubmedqa``), judges support (``kqa``) and finds sections (``prd_doc_qa``),
 each where ``--data`` has it, and reports chance beside it. Students are trained and asked on the domain's corpus: the exam
 split, whose documents no training row is about. Every figure is of this machine as it is: close what else runs.
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from domains.config import ReflectSection, RerankSection
 from domains.domain import Domain, load_domain
 from domains.records import Answer, Example, Question
+from domains.routes import LEARNING_RATES
 from pipeline import ablation
 from pipeline.arms import PARALLEL, Conditions
 from pipeline.base_gguf import base_gguf
@@ -43,19 +46,27 @@ from pipeline.public_sets_bench import (
     medquad_indexes,
     retrieval_confidence,
 )
-from pipeline.recipe import settings_of
+from pipeline.recipe import QLORA, recipe_of, settings_of
 from pipeline.reflection_report import support_pairs
 from pipeline.retrieval_bench import measure_case
 from pipeline.retrieval_cases import Case, corpus_case, medquad_case
 from pipeline.run_folder import Run, open_run
 from pipeline.selective_report import describe_selective
-from rag.retrieve import open_retriever
+from rag.retrieve import Retriever, open_retriever
 from serve.engine import Engine
 from serve.vote import Votes
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("retrieval", "students", "abstention", "public")
+PARTS = ("retrieval", "students", "abstention", "public", "sweep")
+NOT_QUICK = {"sweep"}
 BACKENDS = ("text", "tokens")
+# Which arms are compared, beside each with the untrained model.
+PAIRS = (
+    *(("rationales", "answers"), ("kard", "rationales"), ("kard_reranked", "kard"), ("kard_oracle", "kard")),
+    *(("kard_voted", "kard"), ("quotes", "kard"), ("quotes_reranked", "quotes"), ("grader", "quotes")),
+    *(("text", "quotes"), ("tokens", "quotes")),
+)
+SWEEP_N, SWEEP_K, SWEEP_SHARE = 3, (1, 5), (0.0, 1.0)  # beside the options' own
 VOTES = 5  # replies a question in the arm kard_voted
 RESAMPLES = 2000
 QUICK_ROWS = 400  # of MedQuAD, to learn the reranker from
@@ -106,7 +117,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="small samples")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="what to measure (default: all)")
     parser.add_argument("--domain", default="medical", help="name or folder (default: medical)")
     parser.add_argument(
         "--profile", default="", help="of the domain: sizes (default: full, with --quick quick)"
@@ -121,6 +132,7 @@ def parse_options() -> argparse.Namespace:
     )
     options = parser.parse_args()
     options.profile = options.profile or ("quick" if options.quick else "full")
+    options.parts = options.parts or [part for part in PARTS if not (options.quick and part in NOT_QUICK)]
     return options
 
 
@@ -162,56 +174,29 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
     domain, run = prepared(options, work, progress)
     config = domain.config
     top_k = options.top_k or config.retrieve.top_k
-    pool, _ = exam_questions(domain)
-    questions = draw_questions(pool, count=config.exam.questions, seed=config.exam.seed)
+    questions = asked_questions(domain)
     taught = ablation.kept_rationales(run, domain.read_questions())
-    conditions = Conditions(
-        system=domain.prompts["system"],
-        abstain=config.domain.abstain,
-        top_k=top_k,
-        max_tokens=config.exam.max_tokens,
-        context=config.student.context,
-    )
+    conditions = conditions_of(domain, top_k)
     with (
         open_retriever(run.index, config.retrieve) as hybrid,
         open_retriever(run.index, config.retrieve, config.rerank) as reranked,
     ):
         index = hybrid.index
-        recipes = ablation.Recipes(
-            system=domain.prompts["system"],
-            by_rationale=lambda query, k: [
-                index.by_id[name] for name in index.search_lexical(query, top_k=k)
-            ],
-            by_question=hybrid.find,
-            top_k=top_k,
-            question_share=options.question_share,
-        )
+        recipes = recipes_of(domain, hybrid, top_k=top_k, question_share=options.question_share)
         students: dict[str, Path] = {}
         for kind in ablation.RECIPES:
             rows = ablation.rows_of(run) if kind == "quotes" else recipes.rows(kind, taught)
             progress.say(f"student {kind!r}: {len(rows)} rows")
-            students[kind] = ablation.train_recipe(
-                rows,
-                work / "students" / kind,
-                progress,
-                base=config.student.base,
-                context=config.student.context,
-                settings=settings_of(domain),
-                title=f"{domain.name} {kind}",
+            students[kind] = train(
+                domain, rows, work / "students" / kind, progress, title=f"{domain.name} {kind}"
             )
         for backend in BACKENDS:
             rows = reflected_rows(domain, work, backend, progress)
             progress.say(f"student {backend!r}: {len(rows)} rows")
-            students[backend] = ablation.train_recipe(
-                rows,
-                work / "students" / backend,
-                progress,
-                base=config.student.base,
-                context=config.student.context,
-                settings=settings_of(domain),
-                title=f"{domain.name} {backend}",
-                reflection_tokens=backend == "tokens",
-            )
+            students[backend] = train(
+                domain, rows, work / "students" / backend, progress,
+                title=f"{domain.name} {backend}", tokens=backend == "tokens",
+            )  # fmt: skip
         oracle = ablation.Oracle(questions, index.passages, hybrid)
         arms = {
             "base_rag": ablation.Asking(base_gguf(config.student.base), hybrid),
@@ -245,13 +230,103 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
     summary = ablation.summarise_marks(
         marks, questions, against="base_rag", resamples=RESAMPLES, seed=config.exam.seed
     )
+    for arm, given in answers.items():
+        summary[arm]["aurc"] = abstention(questions, given)["abstention_aurc"]
+    pairs = {
+        f"{one} - {other}": ablation.score_difference(
+            marks, (one, other), questions, resamples=RESAMPLES, seed=config.exam.seed
+        )
+        for one, other in PAIRS
+        if one in marks
+    }
     facts = {"rationales": len(taught), "questions": len(questions), "top_k": top_k, "keep": options.keep}
     return {
         "students": summary,
         "students_facts": facts,
+        "students_pairs": pairs,
         **reflection(summary, answers),
         **abstention(questions, answers["quotes"]),
     }
+
+
+def asked_questions(domain: Domain) -> list[Question]:
+    """The exam's, as many as the profile asks."""
+    pool, _ = exam_questions(domain)
+    return draw_questions(pool, count=domain.config.exam.questions, seed=domain.config.exam.seed)
+
+
+def conditions_of(domain: Domain, top_k: int) -> Conditions:
+    """How every arm is asked."""
+    return Conditions(
+        system=domain.prompts["system"],
+        abstain=domain.config.domain.abstain,
+        top_k=top_k,
+        max_tokens=domain.config.exam.max_tokens,
+        context=domain.config.student.context,
+    )
+
+
+def measure_sweep(options: argparse.Namespace, work: Path, progress: Progress) -> dict[str, Any]:
+    """KARD's student with other n, k and shares of question-retrieved rows; each paired with the options' own values."""
+    domain, run = prepared(options, work, progress, name="sweep", keep=SWEEP_N)
+    config, questions = domain.config, asked_questions(domain)
+    taught = ablation.kept_rationales(run, domain.read_questions())
+    once = list({item.question.id: item for item in reversed(taught)}.values())[::-1]
+    top_k, share = options.top_k or config.retrieve.top_k, options.question_share
+    variants = {"own": (once, top_k, share), f"n={SWEEP_N}": (taught, top_k, share)}
+    variants |= {f"k={k}": (once, k, share) for k in SWEEP_K}
+    variants |= {f"question_share={each:g}": (once, top_k, each) for each in SWEEP_SHARE}
+    marks: dict[str, Any] = {}
+    rows_of: dict[str, int] = {}
+    with open_retriever(run.index, config.retrieve) as hybrid:
+        for name, (rationales, k, by_question) in variants.items():
+            recipes = recipes_of(domain, hybrid, top_k=k, question_share=by_question)
+            rows = recipes.rows("kard", rationales)
+            rows_of[name] = len(rows)
+            progress.say(f"{name}: {len(rows)} rows")
+            student = train(domain, rows, work / "sweep" / name, progress, title=f"{domain.name} {name}")
+            marks |= ablation.ask(
+                {name: ablation.Asking(student, hybrid)}, questions, hybrid.index.passages, work / "sweep" / "answers",
+                conditions_of(domain, k), progress,
+                open_engine=lambda gguf: Engine(gguf, context=config.student.context, parallel=PARALLEL),
+            )[0]  # fmt: skip
+    summary = ablation.summarise_marks(
+        marks, questions, against="own", resamples=RESAMPLES, seed=config.exam.seed
+    )
+    for name, rows in rows_of.items():
+        summary[name]["rows"] = rows
+    return {"sweep": summary, "sweep_facts": {"n": 1, "k": top_k, "question_share": share}}
+
+
+def recipes_of(domain: Domain, hybrid: Retriever, *, top_k: int, question_share: float) -> ablation.Recipes:
+    """KARD's recipes on the domain's index."""
+    index = hybrid.index
+    return ablation.Recipes(
+        system=domain.prompts["system"],
+        by_rationale=lambda query, k: [index.by_id[name] for name in index.search_lexical(query, top_k=k)],
+        by_question=hybrid.find,
+        top_k=top_k,
+        question_share=question_share,
+    )
+
+
+def train(
+    domain: Domain,
+    rows: Sequence[Example],
+    folder: Path,
+    progress: Progress,
+    *,
+    title: str,
+    tokens: bool = False,
+) -> Path:
+    """A student of these rows, by the domain's ``[train]``; ``tokens`` need a base with trained embedding rows: QLoRA."""
+    student, settings, recipe = domain.config.student, settings_of(domain), recipe_of(domain)
+    if tokens:
+        settings, recipe = replace(settings, learning_rate=LEARNING_RATES["qlora"]), QLORA
+    return ablation.train_recipe(
+        rows, folder, progress, base=student.base, context=student.context, settings=settings,
+        title=title, reflection_tokens=tokens, recipe=recipe,
+    )  # fmt: skip
 
 
 def reflecting(domain: Domain, backend: str) -> ReflectSection:
@@ -359,22 +434,26 @@ def measure_sets(options: argparse.Namespace, work: Path, progress: Progress) ->
     return {"public": found}
 
 
-def prepared(options: argparse.Namespace, work: Path, progress: Progress) -> tuple[Domain, Run]:
+def prepared(
+    options: argparse.Namespace, work: Path, progress: Progress, *, name: str = "ablation", keep: int = 0
+) -> tuple[Domain, Run]:
     """The domain with the benchmark's sizes, and a run with index, rationales, rows and reranker."""
+    keep = keep or options.keep
     domain = load_domain(options.domain, profile=options.profile)
     config = domain.config
     changes: dict[str, dict[str, Any]] = {
-        "curate": {"keep_per_question": options.keep, "rationale_in_target": options.keep > 1},
-        "elicit": {"samples": options.keep},
+        "curate": {"keep_per_question": keep, "rationale_in_target": keep > 1},
+        "elicit": {"samples": keep},
         "rerank": {"enabled": True},
     }
-    if options.quick:
+    if options.quick or name == "sweep":  # n rationales for each of few questions
         changes["elicit"] |= {"questions": QUICK["questions"]}
+    if options.quick:
         changes["exam"] = {"questions": QUICK["exam"]}
         changes["train"] = {"epochs": QUICK["epochs"]}
-    sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
+    sections = {key: getattr(config, key).model_copy(update=values) for key, values in changes.items()}
     domain = Domain(domain.folder, config.model_copy(update=sections), domain.prompts)
-    run = open_run(work / "runs", domain.name, "ablation")
+    run = open_run(work / "runs", domain.name, name)
     run_job(domain, run, progress, stages=("index", "elicit", "curate", "rerank"))
     return domain, run
 
@@ -382,7 +461,12 @@ def prepared(options: argparse.Namespace, work: Path, progress: Progress) -> tup
 def show(result: dict[str, Any]) -> None:
     """The figures for people."""
     sets = {"unanswerable": result.get("unanswerable", {}), **result.get("public", {})}
-    for name, metrics in {**result.get("retrieval", {}), **result.get("students", {}), **sets}.items():
+    for name, metrics in {
+        **result.get("retrieval", {}),
+        **result.get("students", {}),
+        **result.get("sweep", {}),
+        **sets,
+    }.items():
         print(name)
         for metric, value in metrics.items():
             print(f"    {metric:24} {value}")
@@ -396,6 +480,7 @@ MEASURES: dict[str, Callable[[argparse.Namespace, Path, Progress], dict[str, Any
     "students": measure_students,
     "abstention": measure_unanswerable,
     "public": measure_sets,
+    "sweep": measure_sweep,
 }
 
 

@@ -7,7 +7,9 @@
 Everybody trains the same rows in the same order, 8 a step, from the same first adapter on the same NF4 base (double
 quantization), with the same schedule, completions only. Every arm is a process of its own: its peak is what the process
 took at most, imports and loading included. Tokens are real ones, padding is not counted; the first step warms up and
-is not timed. TRL has its defaults but for the batch size, the rate and the order of rows; it keeps adapters in bfloat16,
+is not timed. Our loop runs before and after TRL's, and the mean counts. The levers' speeds are taken in one process, step by
+step in turns, so that what else the machine does falls on all alike; their memory in processes of their own.
+``bound`` is what matrix products of the blocks alone would allow, at the rate at which this machine multiplies now. TRL has its defaults but for the batch size, the rate and the order of rows; it keeps adapters in bfloat16,
 which is what its loss curve differs by. Every figure is of this machine as it is: close what else runs.
 """
 
@@ -17,6 +19,7 @@ import argparse
 import json
 import random
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,7 +36,8 @@ from serve.models import SMOLLM2, packaged_gguf
 
 DOMAINS = ("medical", "product_requirements")
 ROWS_PER_STEP = 8
-STEPS, SHORT, QUICK = 12, 4, 3  # of the main arms; of the levers; with --quick, of TRL's slow default
+STEPS, SHORT, QUICK = 12, 2, 3  # of the main arms; of the levers' memory; with --quick, of TRL's slow default
+ROUNDS = 6  # of the levers' speeds, the first not counted
 PACK_TOKENS = 1024
 NO_LIMIT = 10**6  # no row is left out or cut, here or there
 RANK, ALPHA, RATE, SEED = 16, 32.0, 1e-3, 0
@@ -95,6 +99,9 @@ def main() -> None:
     if options.arm:
         print(json.dumps(asdict(run_arm(Arm.parse(options.arm)))))
         return
+    if options.turns is not None:
+        print(json.dumps(take_turns([Arm.parse(arm) for arm in options.turns])))
+        return
     result = measure(quick=options.quick, levers=options.levers, trl=not options.no_trl)
     show(result)
     if options.json:
@@ -111,6 +118,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--levers", nargs="*", choices=list(LEVERS), default=list(LEVERS), help="which")
     parser.add_argument("--no-trl", action="store_true", help="this project's loop only")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
+    parser.add_argument("--turns", nargs="*", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -121,17 +129,19 @@ def measure(*, quick: bool, levers: Sequence[str], trl: bool) -> dict[str, Any]:
     if trl:
         arms["trl"] = Arm("trl", STEPS, trl=True, trl_checkpointing=False)
         arms["trl_default"] = Arm("trl_default", slow, trl=True)
+        arms["ours_again"] = Arm("ours", STEPS)
     found = {name: start(arm) for name, arm in arms.items()}
     result: dict[str, Any] = {"quick": quick, "arms": {name: asdict(value) for name, value in found.items()}}
     if trl:
         result |= compared(found)
-    result["levers"] = measure_levers(levers)
-    return result
+    return result | measure_levers(levers)
 
 
 def compared(found: dict[str, Measured]) -> dict[str, Any]:
     """The headline: our loop against both of TRL's."""
-    ours, plain, default = found["ours"], found["trl"], found["trl_default"]
+    first, again, plain, default = (found[name] for name in ("ours", "ours_again", "trl", "trl_default"))
+    speed = (first.tokens_per_s + again.tokens_per_s) / 2
+    ours = replace(first, tokens_per_s=speed, peak_mb=max(first.peak_mb, again.peak_mb))
     differences = [abs(a - b) for a, b in zip(ours.losses, plain.losses, strict=True)]
     return {
         "speedup": round(ours.tokens_per_s / plain.tokens_per_s, 3),
@@ -142,27 +152,139 @@ def compared(found: dict[str, Measured]) -> dict[str, Any]:
     }
 
 
-def measure_levers(names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Each lever: with it over without it, for speed and for memory."""
-    done: dict[Arm, Measured] = {}
-    levers = {}
+def measure_levers(names: Sequence[str]) -> dict[str, Any]:
+    """Each lever with it over without it: speed, memory, and how far loss and gradient are from each other."""
+    pairs: dict[str, list[Arm]] = {}
     for name in names:
-        pair = []
-        for switches in LEVERS[name]:
-            cached = {"lora_layers": TOP_LAYERS, "epochs": 2} if name == "cached_layers" else {}
-            arm = Arm("lever", SHORT, switches=tuple(switches.items()), **cached)
-            if arm not in done:
-                done[arm] = start(arm)
-            pair.append(done[arm])
-        with_it, without = pair
+        layers = TOP_LAYERS if name == "cached_layers" else 0
+        epochs = 2 if layers else 1  # the second finds everything in the cache
+        pairs[name] = [
+            Arm("lever", SHORT, switches=tuple(switches.items()), lora_layers=layers, epochs=epochs)
+            for switches in LEVERS[name]
+        ]
+    arms = list({arm: None for pair in pairs.values() for arm in pair})
+    if not arms:
+        return {"levers": {}}
+    peaks = {arm: start(arm).peak_mb for arm in arms}
+    say(f"{len(arms)} arms in turns ({ROUNDS} rounds)")
+    command = [sys.executable, str(Path(__file__)), "--turns", *(json.dumps(asdict(arm)) for arm in arms)]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    turns = json.loads(process.stdout.splitlines()[-1])
+    place = {arm: number for number, arm in enumerate(arms)}
+    levers = {}
+    for name, (with_it, without) in pairs.items():
+        one, other = (turns["arms"][place[arm]] for arm in (with_it, without))
+        ratios = [slow / fast for fast, slow in zip(one["seconds"], other["seconds"], strict=True)]
         levers[name] = {
-            "speedup": round(with_it.tokens_per_s / without.tokens_per_s, 3),
-            "memory_ratio": round(with_it.peak_mb / without.peak_mb, 3),
-            "max_loss_difference": round(
-                max(abs(a - b) for a, b in zip(with_it.losses, without.losses, strict=True)), 4
-            ),
+            "speedup": round(statistics.median(ratios), 3),
+            "speedups": [round(min(ratios), 3), round(max(ratios), 3)],
+            "memory_ratio": round(peaks[with_it] / peaks[without], 3),
+            "loss_difference": round(abs(one["loss"] - other["loss"]), 6),
+            "gradient_norm_ratio": round(one["norm"] / other["norm"], 4),
         }
-    return levers
+    return {"levers": levers, "bound": turns["bound"]}
+
+
+def take_turns(arms: Sequence[Arm]) -> dict[str, Any]:
+    """One step's forward and backward pass per arm and round, always of the same rows and weights."""
+    import torch
+
+    benches: dict[tuple[bool, int], Bench] = {}
+    found: list[dict[str, Any]] = [{"seconds": []} for _ in arms]
+    for round_ in range(ROUNDS):
+        for arm, result in zip(arms, found, strict=True):
+            switches = dict(arm.switches)
+            key = switches.get("bf16", True), arm.lora_layers
+            if key not in benches:
+                benches[key] = Bench(arm.base, bf16=key[0], layers=key[1])
+            seconds, loss, norm = benches[key].step(switches)
+            if round_:
+                result["seconds"].append(seconds)
+            result |= {"loss": loss, "norm": norm}
+    rate = gemm_rate(torch.bfloat16)
+    weights = benches[min(benches)].block_weights
+    per_token = 2 * 2 * weights  # forward, and backward to the inputs: the weights themselves are frozen
+    return {
+        "arms": found,
+        "bound": {"gemm_gflops": round(rate / 1e9), "tokens_per_s": round(rate / per_token)},
+    }
+
+
+def gemm_rate(dtype: Any) -> float:
+    """Operations per second of the widest matrix product of the default model, the median of 30."""
+    import torch
+
+    x, w = torch.randn(1000, 576, dtype=dtype), torch.randn(3072, 576, dtype=dtype)
+    seconds = []
+    for _ in range(33):
+        begin = time.perf_counter()
+        x @ w.T
+        seconds.append(time.perf_counter() - begin)
+    return 2 * x.numel() * len(w) / statistics.median(seconds[3:])
+
+
+class Bench:
+    """A network with adapters whose every weight counts, and the packs of one step."""
+
+    def __init__(self, name: str, *, bf16: bool, layers: int) -> None:
+        import torch
+
+        from pipeline.packing import encode_examples, use_packed_attention
+        from pipeline.qlora import attach_lora, quantize_nf4, training_dtype
+        from pipeline.student import load_base
+
+        base = load_base(name, dtype=training_dtype(bf16=bf16))
+        config = base.model.config
+        self.block_weights = sum(
+            weight.numel() for weight in base.model.model.layers.parameters() if weight.ndim == 2
+        )
+        self.rows, _ = encode_examples(examples()[:ROWS_PER_STEP], base, max_tokens=NO_LIMIT)
+        self.room = max(PACK_TOKENS, *(len(row.ids) for row in self.rows))
+        quantize_nf4(base.model)
+        use_packed_attention(base.model)
+        self.network = base.model
+        self.adapted = attach_lora(base.model, rank=RANK, alpha=ALPHA, dropout=0.0, seed=SEED, layers=layers)
+        self.weights = {n: p for n, p in self.adapted.named_parameters() if p.requires_grad}
+        torch.manual_seed(SEED)
+        for weight in self.weights.values():
+            if not weight.any():  # B begins at zero, where A has no gradient
+                torch.nn.init.normal_(weight, std=0.01)
+        self._folder = tempfile.TemporaryDirectory()
+        self._below = self._cache(config) if layers else None
+
+    def _cache(self, config: Any) -> Any:
+        from pipeline.layer_cache import LayerCache, frozen_layers
+
+        frozen = frozen_layers(self.weights, config.num_hidden_layers)
+        folder = Path(self._folder.name)
+        return LayerCache(
+            frozen, self.rows, width=config.hidden_size, dtype=self.network.dtype, folder=folder
+        )
+
+    def step(self, switches: dict[str, Any]) -> tuple[float, float, float]:
+        """Seconds, loss per supervised token, norm of the gradient."""
+        import torch
+
+        from pipeline.completion_loss import completion_loss
+        from pipeline.levers import Levers
+        from pipeline.packing import pack_hidden
+
+        levers = replace(Levers(checkpointing="off"), **switches)
+        packs = packs_of(self.rows, self.room, packing=levers.packing)
+        below = self._below if levers.cached_layers else None
+        self.adapted.train()
+        total, supervised = 0.0, sum(packed.supervised for packed in packs)
+        begin = time.perf_counter()
+        for packed in packs:
+            hidden, targets = pack_hidden(self.network, packed, levers, below)
+            loss = completion_loss(self.network.lm_head, hidden, targets, chunked=levers.chunked_loss)
+            (loss / supervised).backward()
+            total += loss.item()
+        seconds = time.perf_counter() - begin
+        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0).item()
+        for weight in self.weights.values():
+            weight.grad = None
+        return seconds, total / supervised, norm
 
 
 def start(arm: Arm) -> Measured:
@@ -193,6 +315,9 @@ def show(result: dict[str, Any]) -> None:
             f"against TRL's default: {result['speedup_default']} x the speed, {result['memory_ratio_default']} x the memory"
         )
         print(f"largest difference of the losses: {result['max_loss_difference']}")
+    if "bound" in result:
+        bound = result["bound"]
+        print(f"bound: {bound['tokens_per_s']} tokens/s at {bound['gemm_gflops']} GFLOP/s of matrix products")
     for name, lever in result["levers"].items():
         print(f"{name:18} {lever['speedup']:8.2f} x the speed {lever['memory_ratio']:8.2f} x the memory")
 

@@ -132,7 +132,8 @@ class ReflectSection(Record):
     retrieval are kept, how often a partly supported passage is taken, and one without support. ``critic`` labels
     the training rows: the ``teacher``; ``rules`` (word overlap and gold quotes, a stand-in); ``trained``, a
     small classifier that learns from the teacher's labels of ``critic_sample`` rows and labels the others;
-    ``auto`` is rules for a local teacher, else trained. More than ``max_unparsed`` unreadable labels end the stage.
+    ``auto`` is rules for a local teacher, else trained. ``instructions`` is a JSONL file (`Instruction`; from the domain's
+    folder) of requests that need no document: rows of ``tokens`` that open with ``[No Retrieval]``. More than ``max_unparsed`` unreadable labels end the stage.
     At serving:
     retrieve where the normalised probability of ``[Retrieval]`` exceeds ``threshold``; the weights are of the
     segment score. ``distracting``: what is said when every passage is judged beside the point. ``judge`` is the
@@ -143,6 +144,7 @@ class ReflectSection(Record):
     """
 
     backend: Literal["none", "text", "tokens", "grader"] = "none"
+    instructions: str = ""
     passages: Count = 5
     no_retrieval_share: Share = 0.4
     partial_share: Share = 0.7

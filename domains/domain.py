@@ -40,6 +40,14 @@ class Domain:
         return self._resolve(self.config.corpus.questions) if self.config.corpus.questions else None
 
     @property
+    def instructions(self) -> Path | None:
+        """The general instructions' JSONL file, or None where the domain has none or nothing learns from them."""
+        reflect = self.config.reflect
+        if not reflect.instructions or reflect.backend != "tokens":
+            return None
+        return self._resolve(reflect.instructions)
+
+    @property
     def argument(self) -> str:
         """How a command line names the domain from here: its name where that finds it, else its path."""
         try:

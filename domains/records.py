@@ -94,6 +94,17 @@ class Question(Record):
         return self
 
 
+class Instruction(Record):
+    """A request that no document is needed for (arithmetic, wording, order), and its answer.
+
+    Self-RAG's general instructions (arXiv 2310.11511 §3.2.2): from them a student learns when not to retrieve.
+    """
+
+    id: str = Field(min_length=1)
+    instruction: str = Field(min_length=1)
+    answer: str = Field(min_length=1)
+
+
 class Message(Record):
     """One turn of a chat."""
 
@@ -177,7 +188,7 @@ class Example(Record):
     completion: str = Field(min_length=1)
     unsupervised: list[tuple[int, int]] = []
     passages: list[str]
-    origin: Literal["gold", "rationale", "retrieved", "irrelevant", "unanswerable"]
+    origin: Literal["gold", "rationale", "retrieved", "irrelevant", "unanswerable", "general"]
     request: str
 
 

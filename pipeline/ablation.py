@@ -34,6 +34,7 @@ from pipeline.arms import DEPTH, Arm, Conditions, Remembered, ask_arms
 from pipeline.bootstrap import paired_difference, ratio_interval
 from pipeline.metrics import Mark, locate_gold, mark_answer
 from pipeline.progress import Progress
+from pipeline.recipe import Recipe
 from pipeline.rows import Retrieve, answer_text, row_id
 from pipeline.run_folder import Run
 from pipeline.teacher_passages import holding
@@ -161,11 +162,12 @@ def train_recipe(
     context: int,
     settings: Settings,
     title: str,
+    recipe: Recipe,
     reflection_tokens: bool = False,
 ) -> Path:
     """Train a student on ``rows`` and write it in F16; returns the GGUF file, made before or now."""
-    from pipeline.merge import merge_adapter
-    from pipeline.student import load_trained
+    from pipeline.merge import plain_network
+    from pipeline.student import load_student
     from pipeline.student_files import write_f16
     from pipeline.train import train_student
 
@@ -175,10 +177,10 @@ def train_recipe(
     folder.mkdir(parents=True, exist_ok=True)
     train_student(
         rows, folder / "train", progress, base=base, context=context, max_rows=0, checkpoint_steps=50,
-        settings=settings, reflection_tokens=reflection_tokens,
+        settings=settings, reflection_tokens=reflection_tokens, recipe=recipe,
     )  # fmt: skip
-    model, loaded = load_trained(folder / "train", base=base)
-    write_f16(path, merge_adapter(model), loaded, title=title)
+    trained = load_student(folder / "train", base=base)
+    write_f16(path, plain_network(trained), trained.base, title=title)
     shutil.rmtree(folder / "train")
     gc.collect()
     return path
@@ -276,11 +278,26 @@ def summarise_marks(
             summary[arm][metric] = round(found.mean, 4)
             if metric == "score":
                 summary[arm]["score_interval"] = [round(found.low, 4), round(found.high, 4)]
-        mine = _columns([by_question[name]["score"] for name in ids])
-        theirs = _columns([marks[against][name]["score"] for name in ids])
-        if arm != against and (gap := paired_difference(mine, theirs, **drawing)) is not None:
-            summary[arm][f"minus_{against}"] = [round(value, 4) for value in (gap.mean, gap.low, gap.high)]
+        gap = score_difference(marks, (arm, against), questions, resamples=resamples, seed=seed)
+        if arm != against and gap is not None:
+            summary[arm][f"minus_{against}"] = gap
     return summary
+
+
+def score_difference(
+    marks: Mapping[str, Mapping[str, Mapping[str, Mark]]],
+    pair: tuple[str, str],
+    questions: Sequence[Question],
+    *,
+    resamples: int,
+    seed: int,
+) -> list[float] | None:
+    """[difference, low, high] of the first arm's score to the second's on the same questions, documents drawn."""
+    one, other = ([marks[arm][question.id]["score"] for question in questions] for arm in pair)
+    gap = paired_difference(
+        _columns(one), _columns(other), clusters=[q.about for q in questions], resamples=resamples, seed=seed
+    )  # fmt: skip
+    return None if gap is None else [round(value, 4) for value in (gap.mean, gap.low, gap.high)]
 
 
 def _columns(pairs: Sequence[Mark]) -> tuple[list[float], list[float]]:

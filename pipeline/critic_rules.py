@@ -35,6 +35,8 @@ class RuleCritic:
 
 def _retrieve(ask: Ask) -> tuple[str, str]:
     if ask.passage is None:
+        if not ask.question.about:
+            return "no_retrieval", "a general instruction, about no document"
         return "retrieve", "questions of a domain are about its documents"
     if not content_words(ask.output) - content_words(f"{ask.question.question} {ask.preceding}"):
         return "no_retrieval", "the sentence says nothing new that could be looked up"

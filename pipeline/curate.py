@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,7 +24,7 @@ from domains.checks import Check, load_checks
 from domains.domain import Domain
 from domains.errors import StageError
 from domains.jsonl import read_jsonl, write_jsonl
-from domains.records import Example, Passage, Question, Rationale, Rejection
+from domains.records import Example, Instruction, Passage, Question, Rationale, Rejection
 from pipeline.augment import Sampling
 from pipeline.critics import open_critic
 from pipeline.decontaminate import ExamGuard
@@ -31,7 +32,7 @@ from pipeline.judge import Judge, keep_clear, select
 from pipeline.progress import Progress
 from pipeline.questions import read_all_questions
 from pipeline.reflect_ground import Ground
-from pipeline.reflect_rows import token_rows
+from pipeline.reflect_rows import as_question, token_rows
 from pipeline.rows import Kept, Origin, RowBuilder
 from pipeline.run_folder import Report, Run, disk_errors, need
 from pipeline.verdict_rows import verdict_rows
@@ -85,7 +86,11 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         progress.start("writing training rows", 0)
         facts: dict[str, Any] = {"exam_templates": guard.templates}
         if domain.config.reflect.backend in {"tokens", "text"}:
-            rows, counts, facts["critic"] = _reflecting(domain, run, retriever, kept, clear, progress)
+            general, double = keep_clear(_instructions(domain), guard)
+            contaminated = [*contaminated, *double]
+            rows, counts, facts["critic"] = _reflecting(
+                domain, run, retriever, kept, clear, general, progress
+            )
         else:
             run.critiques.unlink(missing_ok=True)
             rows, counts = _builder(domain, retriever).build(
@@ -110,6 +115,7 @@ def _reflecting(
     retriever: Retriever,
     kept: Sequence[Kept],
     unanswerable: Sequence[Question],
+    general: Sequence[Question],
     progress: Progress,
 ) -> tuple[list[Example], Counter[str], dict[str, int]]:
     """Rows for a student that judges passages and itself, and how many labels whoever gave."""
@@ -140,7 +146,9 @@ def _reflecting(
                 seed=config.reflect.seed,
             ),
         )
-        build = token_rows if config.reflect.backend == "tokens" else verdict_rows
+        build = verdict_rows
+        if config.reflect.backend == "tokens":
+            build = partial(token_rows, instructions=general)
         rows, counts, labels = build(
             ground,
             kept,
@@ -152,6 +160,12 @@ def _reflecting(
         write_jsonl(run.critiques, labels)
     given = Counter(f"{label.task}: {label.label}, by {label.teacher}" for label in labels)
     return rows, counts, {**told, **dict(sorted(given.items()))}
+
+
+def _instructions(domain: Domain) -> list[Question]:
+    """The domain's general instructions; none where nothing learns from them."""
+    path = domain.instructions
+    return [as_question(each) for each in read_jsonl(path, Instruction)] if path is not None else []
 
 
 def _counts(

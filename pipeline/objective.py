@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from domains.errors import ModelError
 from pipeline.layout import IGNORED
+from pipeline.levers import Levers
 from pipeline.packing import Pack, pack_hidden, use_packed_attention
 from pipeline.qlora import training_device
 from pipeline.student import Base, load_base
@@ -41,10 +42,11 @@ class DistilledLoss:
         network: the student, a ``LlamaForCausalLM``.
         teacher: another network over the same vocabulary; never trained.
         divergence: see there.
+        levers: how the teacher runs a pack: as the student does.
     """
 
-    def __init__(self, network: Any, teacher: Any, divergence: Divergence) -> None:
-        self.network, self.teacher, self.divergence = network, teacher, divergence
+    def __init__(self, network: Any, teacher: Any, divergence: Divergence, levers: Levers) -> None:
+        self.network, self.teacher, self.divergence, self.levers = network, teacher, divergence, levers
 
     def __call__(self, packed: Pack, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The loss of one pack; its gradient goes to the student alone.
@@ -57,7 +59,8 @@ class DistilledLoss:
         kept = targets != IGNORED
         hidden, targets = hidden[kept], targets[kept]
         with torch.no_grad():
-            wanted, _ = pack_hidden(self.teacher, packed)
+            wanted, theirs = pack_hidden(self.teacher, packed, self.levers)
+            wanted = wanted[theirs != IGNORED]
         total = hidden.new_zeros((), dtype=torch.float32)
         for part in zip(*(torch.split(each, _CHUNK) for each in (hidden, wanted, targets)), strict=True):
             # Logits of all tokens at once would be the largest tensor of the whole step.

@@ -7,8 +7,11 @@ Abstentions are at most a share of all rows, as in `pipeline.rows`. There we dif
 that was drawn for an answer's beginning is irrelevant, its model answers from what it knows; an assistant that
 vouches for its documents abstains.
 
-counts   rows = kept - no_retrieval_left_out - no_sentence_left - continues_nothing - drawn_irrelevant_left_out
-                + irrelevant_extra + unanswerable_rows
+General instructions need no document: what the critic says so of opens with ``[No Retrieval]``, and the published share
+of them is kept; one that it would look up is left out, as no document of the domain speaks of it.
+
+counts   rows = kept + instructions - no_retrieval_left_out - no_sentence_left - continues_nothing
+                - drawn_irrelevant_left_out - general_left_out + irrelevant_extra + unanswerable_rows
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from domains.records import Critique, Example, Passage, Question, Segment
+from domains.records import Critique, Example, Instruction, Passage, Question, Segment
 from domains.words import squash
 from pipeline.augment import Draft, Reflected, augment, split_answer, to_example
 from pipeline.reflect_ground import Ground, room_for, wanted_extra
@@ -33,24 +36,44 @@ def token_rows(
     ground: Ground,
     kept: Sequence[Kept],
     unanswerable: Sequence[Question],
+    instructions: Sequence[Question] = (),
     *,
     irrelevant_share: float,
     abstention_share: float,
 ) -> tuple[list[Example], Counter[str], list[Critique]]:
-    """All rows, counts (see the module's docstring), and every label that the critic gave."""
+    """All rows, counts (see the module's docstring), and every label that the critic gave.
+
+    Args:
+        ground: what the rows are made of.
+        kept: rationales that passed, with their questions.
+        unanswerable: questions that no document answers.
+        instructions: that no document is needed for (`as_question`).
+        irrelevant_share: of the rows, answerable questions with passages beside the point.
+        abstention_share: the most rows that abstain.
+    """
     items = {f"{item.question.id}\0{item.rationale.sample}": item for item in kept}
     drafts = [
         Draft(key, item.question, split_answer(neutralise(answer_text(item.question))))
         for key, item in items.items()
     ]
+    drafts += [
+        Draft(f"general\0{question.id}", question, split_answer(neutralise(answer_text(question))))
+        for question in instructions
+    ]
     reflected, counts, labels = augment(
         drafts, ground.critic, ground.find, passages=ground.passages, sampling=ground.sampling
     )
     writer = _Writer(ground)
-    answers = [each for each in reflected if each.segments[0].relevant is not False]
-    drawn = [each for each in reflected if each.segments[0].relevant is False]
+    own = [each for each in reflected if each.draft.key in items]
+    general = [each for each in reflected if each.draft.key not in items]
+    answers = [each for each in own if each.segments[0].relevant is not False]
+    drawn = [each for each in own if each.segments[0].relevant is False]
     rows = [writer.answer(each, items[each.draft.key]) for each in answers]
     room = room_for(len(rows), abstention_share)
+    closed = [each for each in general if each.segments[0].decision == "no_retrieval"]
+    counts["instructions"] = len(instructions)
+    counts["general_left_out"] = len(general) - len(closed)
+    rows += [writer.plain(each) for each in closed]
     for each in ground.ordered(drawn, lambda one: one.draft.key)[:room]:
         passage = each.segments[0].passage
         assert passage is not None  # it was judged irrelevant
@@ -70,6 +93,13 @@ def token_rows(
     return rows, counts, labels
 
 
+def as_question(instruction: Instruction) -> Question:
+    """A general instruction as the critic is asked of it: ``about`` no document."""
+    return Question(
+        id=instruction.id, kind="open", question=instruction.instruction, answer=instruction.answer, about="", split="seed"
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class _Writer:
     ground: Ground
@@ -86,6 +116,19 @@ class _Writer:
             question_id=item.question.id,
             origin="retrieved",
             request=item.rationale.request,
+        )
+
+    def plain(self, answer: Reflected) -> Example:
+        """A general instruction: nothing is looked up, so nothing is quoted."""
+        (whole,) = answer.segments
+        text = format_reply(quotes=[], rationale="", answer=whole.text)
+        return to_example(
+            [whole.model_copy(update={"text": text})],
+            answer.utility,
+            messages=self.ground.messages(answer.draft.question, []),
+            question_id=answer.draft.question.id,
+            origin="general",
+            request="",
         )
 
     def _opening(self, item: Kept, passage: Passage | None, sentence: str) -> str:

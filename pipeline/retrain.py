@@ -63,7 +63,7 @@ def retrain(
     adapter = Adapter(rank=settings.rank, alpha=settings.alpha, dropout=0.0, seed=settings.seed, dtype=dtype)
     adapted = how.prepare(student, adapter, progress.say)
     use_packed_attention(student.model)
-    objective = DistilledLoss(student.model, teacher, divergence)
+    objective = DistilledLoss(student.model, teacher, divergence, settings.levers)
     trainer = Trainer(
         adapted, student.model, rows, (), settings, folder, "", objective=objective
     )  # no checkpoint is kept, so none needs to be recognised

@@ -30,7 +30,7 @@ from rag.prompt import neutralise, render_question, student_messages
 _ANSWERED_RECALL = 0.5
 _QUOTE_CHARS = (8, 600)
 
-Origin = Literal["gold", "rationale", "retrieved", "irrelevant", "unanswerable"]
+Origin = Literal["gold", "rationale", "retrieved", "irrelevant", "unanswerable", "general"]
 Retrieve = Callable[[str, int], list[Passage]]
 NumberedQuote = tuple[str, int]
 T = TypeVar("T")

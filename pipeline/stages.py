@@ -162,7 +162,7 @@ STAGES = (
     Stage(
         name="curate",
         summary="verified rationales -> training rows",
-        reads=("questions", "generated", "index", "rationales", "checks"),
+        reads=("questions", "generated", "index", "rationales", "checks", "instructions"),
         writes=("examples", "rejections"),
         sections=(
             "domain", "curate", "retrieve", "teacher", "reflect.backend", "reflect.critic", "reflect.critic_sample",
@@ -263,6 +263,7 @@ def paths_of(what: str, domain: Domain, run: Run) -> list[Path]:
         "documents": [domain.documents],
         "questions": [domain.questions],
         "checks": [domain.folder / "checks.py"],
+        "instructions": [domain.instructions],
         "index": [run.index / "index.json"],
         "rationales": [run.rationales],
         "generated": [run.generated],

@@ -241,7 +241,9 @@ def _from_sources(sources: Sources) -> dict[str, Any]:
     parity = sources.parity
     stages = sources.stages
     return {
-        "parity": {key: parity.get(key) for key in ("ready", "kl", "top1_agreement")} if parity else None,
+        "parity": {key: parity.get(key) for key in ("ready", "kl", "top1_agreement", "bits_equal")}
+        if parity
+        else None,
         "elicit": stages.get("elicit"),
         "curate": stages.get("curate"),
         "train": stages.get("train"),

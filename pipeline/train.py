@@ -29,6 +29,7 @@ from domains.errors import StageError
 from domains.jsonl import read_jsonl, write_text_atomic
 from domains.records import Example
 from pipeline.checkpoint import State
+from pipeline.levers import Levers
 from pipeline.methods.method import Adapter, Method
 from pipeline.methods.registry import method_of
 from pipeline.objective import DistilledLoss, Divergence, load_teacher
@@ -115,7 +116,7 @@ def train_student(
     validation, also_too_long = encode_examples(held_out, loaded, max_tokens=limit)
     too_long += also_too_long
     _check_rows(rows, validation, too_long, limit, progress)
-    objective = _objective(loaded, recipe.divergence, dtype)
+    objective = _objective(loaded, recipe.divergence, dtype, settings.levers)
     adapted = how.prepare(loaded, _adapter(settings, token_rows, dtype), progress.say)
     use_packed_attention(loaded.model)
     fingerprint = _fingerprint(rows, validation, settings, loaded, recipe)
@@ -134,11 +135,13 @@ def train_student(
     return Report(counts=counts, facts=_facts(state, trainer, dtype, too_long))
 
 
-def _objective(base: Base, divergence: Divergence | None, dtype: torch.dtype) -> Objective | None:
+def _objective(
+    base: Base, divergence: Divergence | None, dtype: torch.dtype, levers: Levers
+) -> Objective | None:
     """None for cross-entropy; the teacher is loaded before the student's weights are rounded."""
     if divergence is None:
         return None
-    return DistilledLoss(base.model, load_teacher(base, divergence, dtype=dtype), divergence)
+    return DistilledLoss(base.model, load_teacher(base, divergence, dtype=dtype), divergence, levers)
 
 
 def _adapter(settings: Settings, token_rows: Sequence[int], dtype: torch.dtype) -> Adapter:

@@ -274,7 +274,8 @@ def _distance(run: Run, tiny: Path) -> float:
     return float(torch.nn.functional.kl_div(given, wanted, reduction="batchmean", log_target=True))
 
 
-def test_the_loss_is_cross_entropy_plus_the_divergence(tiny: Path) -> None:
+@pytest.mark.parametrize("levers", [Levers(), Levers(packing=False, supervised_head=False)])
+def test_the_loss_is_cross_entropy_plus_the_divergence(tiny: Path, levers: Levers) -> None:
     base, other = (load_base(str(tiny), dtype=torch.float32) for _ in range(2))
     divergence = Divergence(weight=0.7, temperature=2.0, teacher="base")
     teacher = load_teacher(other, divergence, dtype=torch.float32)
@@ -283,10 +284,11 @@ def test_the_loss_is_cross_entropy_plus_the_divergence(tiny: Path) -> None:
             layer.mlp.up_proj.weight.mul_(1.3)
     use_packed_attention(base.model)
     packed = Pack(tuple(encode_examples(rows()[:3], base, max_tokens=512)[0]))
-    hidden, targets = pack_hidden(base.model, packed)
-    hidden = hidden.detach().requires_grad_()
-    loss = DistilledLoss(base.model, teacher, divergence)(packed, hidden, targets)
-    loss.backward()  # type: ignore[no-untyped-call]
+    given = [each.detach() for each in pack_hidden(base.model, packed, levers)]
+    loss = DistilledLoss(base.model, teacher, divergence, levers)(packed, *(each.clone() for each in given))
+    hidden, targets = (each.detach() for each in pack_hidden(base.model, packed))
+    hidden.requires_grad_()
+    DistilledLoss(base.model, teacher, divergence, Levers())(packed, hidden, targets).backward()  # type: ignore[no-untyped-call]
     ours = hidden.detach().clone().requires_grad_()
     p, q = teacher.lm_head(pack_hidden(teacher, packed)[0]).softmax(-1), base.model.lm_head(ours)
     soft = (teacher.lm_head(pack_hidden(teacher, packed)[0]) / 2).softmax(-1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,14 @@ from test_curate import ABSTAIN, all_kept, finds_home, indexed, made, misses, no
 
 from domains.domain import load_domain
 from domains.jsonl import read_jsonl, write_jsonl
-from domains.records import Critique, Example, Passage
+from domains.records import Critique, Example, Instruction, Passage
 from pipeline import curate
 from pipeline.augment import Find, Sampling
+from pipeline.critic import Ask
 from pipeline.critic_rules import NAME, RuleCritic
 from pipeline.progress import Silent
 from pipeline.reflect_ground import Ground
-from pipeline.reflect_rows import token_rows
+from pipeline.reflect_rows import as_question, token_rows
 from pipeline.rows import Kept, gold_quotes
 from pipeline.run_folder import Run
 from pipeline.verdict_rows import draw_passages, verdict_rows
@@ -207,3 +210,55 @@ def test_the_stage_writes_what_the_backend_needs(made: tuple[Path, Path], backen
     labels = read_jsonl(run.critiques, Critique)
     assert sum(count for name, count in report.facts["critic"].items() if ", by " in name) == len(labels) > 0
     assert all(bool(row.unsupervised) is (backend == "tokens") for row in rows)
+
+
+def test_general_instructions_open_without_retrieval_and_are_kept_by_the_published_share() -> None:
+    kept = all_kept()
+    general = [
+        as_question(
+            Instruction(id=f"g{place}", instruction=f"What is {place} plus 1?", answer=f"{place + 1}.")
+        )
+        for place in range(200)
+    ]
+    rows, counts, labels = token_rows(
+        ground(finds_home), kept, [], general, irrelevant_share=0.0, abstention_share=SHARE
+    )
+    check(rows, counts)
+    assert len(rows) == len(kept) + len(general) - counts["no_retrieval_left_out"]
+    own = [row for row in rows if row.origin == "general"]
+    assert 0.3 < len(own) / len(general) < 0.5  # the paper keeps 0.4
+    for row in own:
+        assert row.completion.startswith(RETRIEVE["no_retrieval"] + "Answer: ")
+        assert row.completion.endswith("." + UTILITY[5])
+        assert row.passages == row.unsupervised == []
+    said = {
+        label.label
+        for label in labels
+        if label.task == "retrieve" and label.question_id in {each.id for each in general}
+    }
+    assert said == {"no_retrieval"}
+
+
+def test_an_instruction_that_the_critic_would_look_up_is_left_out_and_counted() -> None:
+    class Curious(RuleCritic):
+        def judge(self, asks: Sequence[Ask]) -> list[Critique | None]:
+            said = super().judge(asks)
+            return [
+                each.model_copy(update={"label": "retrieve"}) if each and each.task == "retrieve" else each
+                for each in said
+            ]
+
+    one = as_question(
+        Instruction(id="g", instruction="What does an alder like?", answer="An alder likes wet feet.")
+    )
+    rows, counts, _ = token_rows(
+        replace(ground(finds_home), critic=Curious()),
+        [],
+        [],
+        [one],
+        irrelevant_share=0.0,
+        abstention_share=SHARE,
+    )
+    assert rows == []
+    assert counts["instructions"] == 1
+    assert counts["general_left_out"] + counts["no_sentence_left"] == 1

@@ -124,8 +124,17 @@ def test_page_can_be_made_when_other_stages_left_nothing(report):
 
 def test_failed_parity_is_said(report):
     failed = copy.deepcopy(report)
-    failed["parity"] = {"ready": False, "kl": None, "top1_agreement": None}
+    failed["parity"] = {"ready": False, "kl": None, "top1_agreement": None, "bits_equal": None}
     assert "Parity gate: failed." in " ".join(_Page(render_report(failed)).text.split())
+
+
+def test_exactly_what_was_trained_is_said_only_where_it_is_so(report):
+    for equal, said in ((True, "bit for bit, the one that was trained"), (None, "near the trained network")):
+        exact = copy.deepcopy(report)
+        exact["parity"] = {"ready": True, "kl": 0.001, "top1_agreement": 0.99, "bits_equal": equal}
+        text = " ".join(_Page(render_report(exact)).text.split())
+        assert said in text
+        assert ("bit for bit" in text) == bool(equal)
 
 
 def test_same_report_same_bytes(report, page):

@@ -71,3 +71,18 @@ def test_letters_are_hidden_and_words_stay() -> None:
         hide_letters("Option C is right (C), as vitamin C helps.\nAnswer: C")
         == "is right , as vitamin C helps."
     )
+
+
+def test_of_two_options_the_one_that_the_rationale_speaks_for_is_found(engine: Engine) -> None:
+    for letter, right, wrong in (("A", "iron", "gold"), ("B", "gold", "iron")):
+        question = Question(
+            id="two",
+            kind="options",
+            question="Which metal is the old bridge made of?",
+            answer=letter,
+            options={"A": "iron", "B": "gold"},
+            about="metals",
+            split="seed",
+        )
+        text = f"The old bridge was built of {right}, and {right} carries the load, which {wrong} cannot."
+        assert predict(engine, question, text) == letter
