@@ -73,8 +73,11 @@ NETWORKS = ("default", "k-capable")
 ROUTES: tuple[tuple[str, Grid | None], ...] = (
     ("qlora", None), ("qalora", "Q4_1"), ("qalora", "Q4_0"), ("qat", "Q4_0"), ("grid-lora", "Q4_0"),
 )  # fmt: skip
-# Left out of the default network's table with --quick, to bound its time; the full one has them.
-NOT_QUICK = {"mse-q4_0", "gptq-q4_1", "r2-gptq-q4_0", "learned-gptq-q4_0", "tuned-gptq-q4_0"}
+# Left out with --quick, to bound its time; the full run has them.
+NOT_QUICK = {
+    "default": {"mse-q4_0", "gptq-q4_1", "r2-gptq-q4_0", "learned-gptq-q4_0", "tuned-gptq-q4_0"},
+    "k-capable": {"mse-q4_0", "gptq-q4_1", "tuned-gptq-q4_0"},
+}
 MOST_BITS = 4.6  # of the blocks, for the comparison with llama.cpp's own Q4_0
 
 
@@ -91,13 +94,16 @@ class Sizes:
     exam: int
     learning_steps: int
     pretrain_steps: int
+    pretrain_batch: int
 
 
 QUICK = Sizes(
-    rows=24, epochs=2, exact_rows=8, length=512, calibration=24, texts=5, exam=8, learning_steps=16, pretrain_steps=120
+    rows=24, epochs=2, exact_rows=8, length=512, calibration=24, texts=5, exam=4, learning_steps=16, pretrain_steps=120,
+    pretrain_batch=2,
 )  # fmt: skip
 FULL = Sizes(
-    rows=160, epochs=2, exact_rows=48, length=512, calibration=64, texts=32, exam=60, learning_steps=48, pretrain_steps=1500
+    rows=160, epochs=2, exact_rows=48, length=512, calibration=64, texts=32, exam=60, learning_steps=48, pretrain_steps=1500,
+    pretrain_batch=8,
 )  # fmt: skip
 
 
@@ -330,7 +336,7 @@ def measure_candidates(
             settings=replace(ground.settings, epochs=1), learning=Learning(steps=ground.sizes.learning_steps, tuning_steps=ground.sizes.learning_steps),
         )  # fmt: skip
         reference = Reference.of_file(f16, texts)
-        left_out = NOT_QUICK if options.quick and name == "default" else set()
+        left_out = NOT_QUICK[name] if options.quick else set()
         chosen = [
             each
             for each in possible(CANDIDATES, materials)
@@ -371,7 +377,9 @@ def from_scratch(ground: Ground, progress: Progress) -> tuple[Base, list[Row], d
     base = small_llama(load_base(ground.domain.config.student.base, dtype=torch.float32))
     pieces = windows(base, ground.learned, length=256, count=4096)
     progress.start("training a small Llama from scratch", ground.sizes.pretrain_steps)
-    losses = pretrain(base.model, pieces, steps=ground.sizes.pretrain_steps, batch=8)
+    losses = pretrain(
+        base.model, pieces, steps=ground.sizes.pretrain_steps, batch=ground.sizes.pretrain_batch
+    )
     facts = {
         "tokens": 256 * len(pieces),
         "weights": sum(p.numel() for p in base.model.parameters()),
