@@ -166,10 +166,7 @@ def measure_levers(names: Sequence[str]) -> dict[str, Any]:
     if not arms:
         return {"levers": {}}
     peaks = {arm: start(arm).peak_mb for arm in arms}
-    say(f"{len(arms)} arms in turns ({ROUNDS} rounds)")
-    command = [sys.executable, str(Path(__file__)), "--turns", *(json.dumps(asdict(arm)) for arm in arms)]
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    turns = json.loads(process.stdout.splitlines()[-1])
+    turns = start_turns(arms)
     place = {arm: number for number, arm in enumerate(arms)}
     levers = {}
     for name, (with_it, without) in pairs.items():
@@ -183,6 +180,15 @@ def measure_levers(names: Sequence[str]) -> dict[str, Any]:
             "gradient_norm_ratio": round(one["norm"] / other["norm"], 4),
         }
     return {"levers": levers, "bound": turns["bound"]}
+
+
+def start_turns(arms: Sequence[Arm]) -> dict[str, Any]:
+    """`take_turns` in a process of its own."""
+    say(f"{len(arms)} arms in turns ({ROUNDS} rounds)")
+    command = [sys.executable, str(Path(__file__)), "--turns", *(json.dumps(asdict(arm)) for arm in arms)]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return found
 
 
 def take_turns(arms: Sequence[Arm]) -> dict[str, Any]:

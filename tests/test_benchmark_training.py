@@ -7,6 +7,7 @@ import statistics
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_llama import make_tiny_llama
@@ -36,7 +37,8 @@ def measured(speed: float, peak: float, *losses: float) -> training.Measured:
 def test_ratios_are_ours_over_theirs() -> None:
     result = training.compared(
         {
-            "ours": measured(800, 2000, 2.0, 1.5),
+            "ours": measured(900, 1900, 2.0, 1.5),
+            "ours_again": measured(700, 2000, 2.0, 1.5),
             "trl": measured(100, 8000, 2.01, 1.46),
             "trl_default": measured(50, 5000, 2.0),
         }
@@ -58,10 +60,21 @@ def test_every_lever_is_measured_against_its_absence(monkeypatch: pytest.MonkeyP
         off = dict(arm.switches).get("packing") is False
         return measured(100 if off else 300, 900 if off else 600, 2.0)
 
+    def start_turns(arms: list[training.Arm]) -> dict[str, Any]:
+        off = [dict(arm.switches).get("packing") is False for arm in arms]
+        found = [{"seconds": [3.0, 9.0] if each else [1.0, 3.0], "loss": 2.0, "norm": 1.0} for each in off]
+        return {"arms": found, "bound": {"tokens_per_s": 1000}}
+
     monkeypatch.setattr(training, "start", start)
-    levers = training.measure_levers(list(training.LEVERS))
+    monkeypatch.setattr(training, "start_turns", start_turns)
+    result = training.measure_levers(list(training.LEVERS))
+    levers = result["levers"]
     assert levers.keys() == training.LEVERS.keys()
-    assert levers["packing"] == {"speedup": 3.0, "memory_ratio": 0.667, "max_loss_difference": 0.0}
+    assert levers["packing"] == {
+        "speedup": 3.0, "speedups": [3.0, 3.0], "memory_ratio": 0.667, "loss_difference": 0.0, "gradient_norm_ratio": 1.0,
+    }  # fmt: skip
+    assert levers["last_layer"]["speedup"] == 1.0
+    assert result["bound"] == {"tokens_per_s": 1000}
     assert len(seen) == len(set(seen))  # no arm is measured twice
     from pipeline.levers import Levers
 
@@ -78,3 +91,21 @@ def test_both_trainers_take_the_same_tokens_to_the_same_losses(tmp_path: Path) -
     assert ours.tokens == theirs.tokens
     assert ours.losses == pytest.approx(theirs.losses, abs=0.05)
     assert ours.losses[1] != ours.losses[0]
+
+
+def test_in_turns_every_lever_gives_the_same_loss_and_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "ROUNDS", 2)
+    base = str(make_tiny_llama(tmp_path / "tiny"))
+    switches = [{}, {"fused_layers": False, "shared_prefix": False}, {"packing": False}, {"bf16": False}]
+    arms = [training.Arm("lever", 1, switches=tuple(each.items()), base=base) for each in switches]
+    arms.append(training.Arm("lever", 1, lora_layers=1, base=base))
+    found = training.take_turns(arms)
+    assert [len(each["seconds"]) for each in found["arms"]] == [1] * len(arms)
+    whole, *others, top = found["arms"]
+    for each in others:
+        assert each["loss"] == pytest.approx(whole["loss"], abs=0.02)
+        assert each["norm"] == pytest.approx(whole["norm"], rel=0.05)
+    assert 0 < top["norm"] < whole["norm"]
+    assert found["bound"]["gemm_gflops"] > 0
