@@ -39,7 +39,7 @@ from pipeline.arms import PARALLEL, Conditions
 from pipeline.base_gguf import base_gguf
 from pipeline.exam import draw_questions, exam_questions
 from pipeline.job import run_job
-from pipeline.progress import Progress
+from pipeline.progress import Lines, Progress
 from pipeline.public_sets_bench import (
     answer_confidence,
     measure_public,
@@ -73,24 +73,6 @@ QUICK_ROWS = 400  # of MedQuAD, to learn the reranker from
 QUICK_ASKED = 20  # of MedQuAD's test, for the student's abstention
 SHIPPED = ("medical", "product_requirements")
 QUICK = {"questions": 50, "exam": 24, "epochs": 1}
-
-
-class Lines(Progress):
-    """Says what happens on standard error, with the time since the start."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-
-    def start(self, what: str, total: int) -> None:
-        """A step begins."""
-        self.say(f"{what} ({total})" if total else what)
-
-    def advance(self, by: int = 1) -> None:
-        """Nothing is said for single units."""
-
-    def say(self, message: str) -> None:
-        """One line."""
-        print(f"[{time.monotonic() - self._began:6.0f} s] {message}", file=sys.stderr, flush=True)
 
 
 def main() -> None:

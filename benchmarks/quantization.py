@@ -44,7 +44,7 @@ from pipeline.gguf_tensors import read_packed
 from pipeline.imatrix import collect_imatrix
 from pipeline.merge import merge_adapter
 from pipeline.packing import Row, encode_examples
-from pipeline.progress import Progress
+from pipeline.progress import Lines, Progress
 from pipeline.quantization_bench import (
     articles,
     held_out_texts,
@@ -105,24 +105,6 @@ FULL = Sizes(
     rows=160, epochs=2, exact_rows=48, length=512, calibration=64, texts=32, exam=60, learning_steps=48, pretrain_steps=1500,
     pretrain_batch=8,
 )  # fmt: skip
-
-
-class Lines(Progress):
-    """Says what happens on standard error, with the time since the start."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-
-    def start(self, what: str, total: int) -> None:
-        """A step begins."""
-        self.say(f"{what} ({total})" if total else what)
-
-    def advance(self, by: int = 1) -> None:
-        """Nothing is said for single units."""
-
-    def say(self, message: str) -> None:
-        """One line."""
-        print(f"[{time.monotonic() - self._began:6.0f} s] {message}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from typing import Protocol
 
 
@@ -33,3 +35,21 @@ class Silent:
     def say(self, text: str) -> None:
         """Keeps the line."""
         self.lines.append(text)
+
+
+class Lines:
+    """Progress for benchmarks: lines on standard error with the seconds since the start; single units are not told."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def start(self, what: str, total: int) -> None:
+        """A step begins."""
+        self.say(f"{what} ({total})" if total else what)
+
+    def advance(self, amount: int = 1) -> None:
+        """Draws nothing."""
+
+    def say(self, text: str) -> None:
+        """One line."""
+        print(f"[{time.monotonic() - self._began:6.0f} s] {text}", file=sys.stderr, flush=True)
