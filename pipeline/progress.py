@@ -52,4 +52,5 @@ class Lines:
 
     def say(self, text: str) -> None:
         """One line."""
-        print(f"[{time.monotonic() - self._began:6.0f} s] {text}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"[{time.monotonic() - self._began:6.0f} s] {text}\n")
+        sys.stderr.flush()
