@@ -74,32 +74,6 @@ def random_rotation(order: int, generator: torch.Generator) -> torch.Tensor:
     return (signed_hadamard if has_hadamard(order) else random_orthogonal)(order, generator)
 
 
-def fwht(values: torch.Tensor) -> torch.Tensor:
-    """``values`` [..., n] times the Sylvester matrix of order n = 2^k over √n, in n·log n additions.
-
-    Raises:
-        ModelError: n is no power of two.
-    """
-    import torch
-
-    width = values.shape[-1]
-    if width < 1 or width & (width - 1):
-        raise ModelError(
-            f"a fast Walsh-Hadamard transform of {width} channels",
-            expected="a power of two",
-            next_step="multiply by pipeline.hadamard.hadamard(n) instead",
-        )
-    out: torch.Tensor = values
-    half = 1
-    while half < width:
-        pairs = out.reshape(*values.shape[:-1], width // (2 * half), 2, half)
-        first, second = pairs[..., 0, :], pairs[..., 1, :]
-        out = torch.stack((first + second, first - second), dim=-2).reshape(values.shape)
-        half *= 2
-    scaled: torch.Tensor = out / width**0.5
-    return scaled
-
-
 def _random_signs(order: int, generator: torch.Generator) -> torch.Tensor:
     import torch
 

@@ -59,16 +59,5 @@ def settings_of(domain: Domain) -> Settings:
         max_grad_norm=config.train.max_grad_norm,
         seed=config.train.seed,
         lora_layers=config.train.lora_layers,
-        levers=Levers(
-            packing=config.train.levers.packing,
-            supervised_head=config.train.levers.supervised_head,
-            chunked_loss=config.train.levers.chunked_loss,
-            shared_prefix=config.train.levers.shared_prefix,
-            last_layer=config.train.levers.last_layer,
-            fused_layers=config.train.levers.fused_layers,
-            matmul_attention=config.train.levers.matmul_attention,
-            cached_layers=config.train.levers.cached_layers,
-            bf16=config.train.levers.bf16,
-            checkpointing=config.train.levers.checkpointing,
-        ),
+        levers=Levers(**config.train.levers.model_dump()),
     )

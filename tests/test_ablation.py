@@ -144,3 +144,15 @@ def test_differences_are_paired_and_taken_to_the_named_arm() -> None:
     assert summary["kard"]["minus_base"] == pytest.approx([1, 1, 1])
     assert "minus_base" not in summary["base"]
     assert "option_accuracy" not in summary["kard"]
+
+
+def test_two_trained_arms_are_compared_on_the_same_questions() -> None:
+    questions = [question(name) for name in TEXTS]
+    marks = {
+        "one": {q.id: {"score": (1.0 if q.id == "cat" else 0.0, 1.0)} for q in questions},
+        "other": {q.id: {"score": (1.0, 1.0)} for q in questions},
+    }
+    gap = ablation.score_difference(marks, ("one", "other"), questions, resamples=200, seed=0)
+    assert gap is not None
+    assert gap[0] == pytest.approx(1 / len(questions) - 1, abs=1e-4)
+    assert gap[1] <= gap[0] <= gap[2] <= 0

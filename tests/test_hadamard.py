@@ -5,7 +5,6 @@ import torch
 
 from domains.errors import ModelError
 from pipeline.hadamard import (
-    fwht,
     hadamard,
     has_hadamard,
     orthonormalized,
@@ -34,11 +33,6 @@ def test_widths_of_llama_type_models_can_be_built(order: int) -> None:
     assert has_hadamard(order)
 
 
-def test_sylvester_order_2048_is_the_fast_transform() -> None:
-    values = torch.randn(3, 2048, generator=generator(), dtype=torch.float64)
-    assert torch.allclose(fwht(values), values @ hadamard(2048), atol=1e-12)
-
-
 @pytest.mark.parametrize("order", [3, 6, 0, 52, 92, 100])
 def test_unreachable_order_names_the_nearest(order: int) -> None:
     with pytest.raises(ModelError) as caught:
@@ -48,11 +42,6 @@ def test_unreachable_order_names_the_nearest(order: int) -> None:
     named = [int(word.rstrip(".")) for word in caught.value.expected.split() if word.rstrip(".").isdigit()]
     assert named
     assert all(has_hadamard(near) for near in named)
-
-
-def test_fwht_of_a_width_that_is_no_power_of_two() -> None:
-    with pytest.raises(ModelError, match="12 channels"):
-        fwht(torch.zeros(2, 12))
 
 
 def test_random_orthogonal_is_orthogonal_and_reproducible() -> None:
