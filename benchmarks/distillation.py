@@ -46,7 +46,7 @@ from pipeline.public_sets_bench import (
     medquad_indexes,
     retrieval_confidence,
 )
-from pipeline.recipe import QLORA, recipe_of, settings_of
+from pipeline.recipe import QLORA, settings_of
 from pipeline.reflection_report import support_pairs
 from pipeline.retrieval_bench import measure_case
 from pipeline.retrieval_cases import Case, corpus_case, medquad_case
@@ -107,7 +107,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=found_data(), help="folder with public sets")
     parser.add_argument("--split", default="dev", choices=("dev", "hidden"), help="which half of the sets")
     parser.add_argument("--work", help="keep runs here: a second call goes on where the first stopped")
-    parser.add_argument("--keep", type=int, default=1, help="rationales per question (KARD's n)")
+    parser.add_argument(
+        "--keep",
+        type=int,
+        default=1,
+        help="rationales per question (KARD's n; above 1 the arm quotes shows them, too)",
+    )
     parser.add_argument("--top-k", type=int, default=0, help="passages (KARD's k); 0: the domain's")
     parser.add_argument(
         "--question-share", type=float, default=0.4, help="KARD rows retrieved by the question"
@@ -301,13 +306,12 @@ def train(
     title: str,
     tokens: bool = False,
 ) -> Path:
-    """A student of these rows, by the domain's ``[train]``; ``tokens`` need a base with trained embedding rows: QLoRA."""
-    student, settings, recipe = domain.config.student, settings_of(domain), recipe_of(domain)
-    if tokens:
-        settings, recipe = replace(settings, learning_rate=LEARNING_RATES["qlora"]), QLORA
+    """A student of these rows, by QLoRA whatever the domain's method: Self-RAG's tokens know no other, and arms are to be alike."""
+    student, settings = domain.config.student, settings_of(domain)
+    settings = replace(settings, learning_rate=LEARNING_RATES["qlora"])
     return ablation.train_recipe(
         rows, folder, progress, base=student.base, context=student.context, settings=settings,
-        title=title, reflection_tokens=tokens, recipe=recipe,
+        title=title, reflection_tokens=tokens, recipe=QLORA,
     )  # fmt: skip
 
 
@@ -426,7 +430,7 @@ def prepared(
     changes: dict[str, dict[str, Any]] = {
         "curate": {"keep_per_question": keep, "rationale_in_target": keep > 1},
         "elicit": {"samples": keep},
-        "rerank": {"enabled": True},
+        "rerank": {"enabled": True, "keep": "always"},  # its arms are to be measured, gain or not
     }
     if options.quick or name == "sweep":  # n rationales for each of few questions
         changes["elicit"] |= {"questions": QUICK["questions"]}

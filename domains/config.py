@@ -180,11 +180,13 @@ class RerankSection(Record):
     BM25's there. ``loss`` is ``kl``, the paper's, or ``ce``, the default of its released code; ``tau1`` and ``tau2`` are
     the temperatures of targets and scores. ``rank`` 0 trains the whole question encoder. ``dimensions`` are numbers
     per token of a stored passage. ``development_share`` of the documents is held out: it decides the epoch and how
-    much the fused score counts, and the reranker is kept only where it certainly helps there. When answering, the
+    much the fused score counts, and the reranker is kept only where it certainly helps there, or with ``keep`` = ``always``
+    in any case. When answering, the
     first ``candidates`` of the hybrid list are ordered anew.
     """
 
     enabled: bool = False
+    keep: Literal["proven", "always"] = "proven"
     loss: Literal["kl", "ce"] = "kl"
     tau1: Annotated[float, Field(gt=0)] = 1.0
     tau2: Annotated[float, Field(gt=0)] = 10.0

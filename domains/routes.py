@@ -65,7 +65,7 @@ def contradictions(config: DomainConfig) -> list[str]:
     if train.grid is not None and config.reflect.backend == "tokens":
         found.append(
             f"train.method = {train.method!r}: [reflect] backend = 'tokens' trains rows of the embedding, which only "
-            'method = "qlora" does; choose it, or backend = "text"'
+            'method = "qlora" does; write that and leave grid out, or backend = "text"'
         )
     if train.grid is not None and config.export.rounding != "llama.cpp":
         found.append(

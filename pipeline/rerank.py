@@ -124,7 +124,7 @@ def _train(
     facts = {
         "epoch": trained.best.epoch, "history": [entry.model_dump() for entry in trained.history],
         "fitted": asdict(fitted), "size_bytes": size_bytes,
-        "kept": fitted.helps,
+        "kept": fitted.helps or rerank.keep == "always",
         "sha256": {path.name: sha256_file(path) for path in sorted(run.reranker.glob("*"))},
         "bytes_per_passage": round(size_bytes / max(1, len(index.passages))),
     }  # fmt: skip
@@ -169,7 +169,7 @@ def _store(
         f"held-out questions {fitted.questions}: hit@1 {fitted.hybrid_hit1:.3f} hybrid, {fitted.reranked_hit1:.3f} "
         f"reranked; nDCG@10 {fitted.hybrid_ndcg10:.3f}, {fitted.reranked_ndcg10:.3f}; p = {fitted.p:.2g}"
     )
-    if fitted.helps:
+    if fitted.helps or domain.config.rerank.keep == "always":
         save_reranker(run.reranker, tower, index.passages, vectors, fused_weight=fitted.weight)
     else:
         shutil.rmtree(run.reranker, ignore_errors=True)
