@@ -121,7 +121,8 @@ def write_student(
         if trained.packed:
             with clock("write_exact", "writing the trained blocks"):
                 exact = _write_exact(run.export, network, trained, title=title)
-        rounds = {*room_for} - {exact.kind if exact else None}
+        # Eight bits want no importance matrix: llama.cpp does not look at it there.
+        rounds = {*room_for} - {exact.kind if exact else None, "Q8_0", "F16"}
         imatrix = _measure(run.export, clock, network, _rows(loaded, examples), imatrix_tokens * bool(rounds))
     del network, trained
     gc.collect()
