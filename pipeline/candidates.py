@@ -170,7 +170,7 @@ def _grid(kind: GgufType) -> GridName:
 
 
 def _settings(materials: Materials, method: str) -> Settings:
-    """An adapter on 32-pooled inputs wants a several times higher learning rate (spec of QA-LoRA's paper)."""
+    """An adapter on 32-pooled inputs wants a several times higher learning rate (docs/results.md, Training methods)."""
     rate = materials.settings.learning_rate * (3 if method == "qalora" else 1)
     return replace(materials.settings, learning_rate=rate)
 

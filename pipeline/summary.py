@@ -113,7 +113,10 @@ def summarise(
     draw = _Draw(questions, resamples, seed)
     arms = {arm: draw.intervals(values) for arm, values in marks.items()}
     differences = {f"{one}-{other}": draw.differences(marks[one], marks[other]) for one, other in PAIRS}
-    verdict = give_verdict(differences=differences, arms=arms, n_questions=len(questions))
+    verdict = give_verdict(
+        differences=differences, arms=arms, n_questions=len(questions),
+        bits_equal=bool((sources.parity or {}).get("bits_equal")),
+    )  # fmt: skip
     report = {
         "schema_version": 1,
         "domain": dict(about),

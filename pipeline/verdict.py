@@ -32,6 +32,7 @@ def give_verdict(
     differences: Mapping[str, Mapping[str, Numbers]],
     arms: Mapping[str, Mapping[str, Numbers]],
     n_questions: int,
+    bits_equal: bool = False,
 ) -> Verdict:
     """The verdict of an exam.
 
@@ -39,6 +40,7 @@ def give_verdict(
         differences: ``{"tuned_rag-base_rag": {"score": {mean, low, high}, …}, …}`` in [-1, 1].
         arms: ``{"exported_rag": {"abstention_recall": {mean, low, high}, …}, …}``.
         n_questions: how many each arm was asked.
+        bits_equal: the served blocks are the trained ones, so that a difference is arithmetic alone.
     """
     training = differences["tuned_rag-base_rag"]["score"]
     retrieval = differences["base_rag-base"]["score"]
@@ -53,7 +55,7 @@ def give_verdict(
         _training(code, training, n_questions),
         _answerable(code, differences["tuned_rag-base_rag"].get("score_answerable")),
         _retrieval(retrieval),
-        _export(differences["exported_rag-tuned_rag"]["score"]),
+        _export(differences["exported_rag-tuned_rag"]["score"], bits_equal=bits_equal),
         _abstention(arms.get("exported_rag", {}), arms.get("base_rag", {})),
         _served(arms, differences["tuned_rag-base_rag"].get("score_served")),
     ]
@@ -118,8 +120,13 @@ def _retrieval(retrieval: Numbers) -> str:
     return f"Retrieval alone makes no difference that can be seen ({gain})."
 
 
-def _export(export: Numbers) -> str:
+def _export(export: Numbers, *, bits_equal: bool) -> str:
     span = f"{points(export['mean'])} points, 95 % interval {_span(export)}"
+    if export["high"] < 0 and bits_equal:
+        return (
+            f"The served blocks are the trained ones bit for bit; how llama.cpp computes with them cost "
+            f"{points(-export['mean'], sign=False)} points (95 % interval {_span(export)})."
+        )
     if export["high"] < 0:
         return f"Exporting cost {points(-export['mean'], sign=False)} points (95 % interval {_span(export)})."
     if export["low"] > 0:
