@@ -280,7 +280,9 @@ class ExportSection(Record):
     no other: the file holds the blocks that were trained. Every other format is made by llama.cpp's quantizer.
     ``rounding`` says how the served file of another student gets onto its grid: by ``llama.cpp``'s quantizer; to the
     nearest (``rtn``), with searched scales (``mse``), by GPTQ, with R2 or R1 and R2 rotated first, with learned
-    rotations (SpinQuant), or with these and scales tuned afterwards; ``search`` makes all of them and more, measures them and serves the fastest that is near enough.
+    rotations (SpinQuant), or with these and scales tuned afterwards; ``search`` makes all of them and more, measures them and serves the fastest that
+    is as near as ``[parity]`` asks. SpinQuant's R3 is llama.cpp's own where ``[serve] kv_cache`` is quantized; R4 has no place in
+    stock llama.cpp: SiLU does not commute with it.
     """
 
     formats: list[GgufType] = ["Q8_0", "Q4_0", "Q4_K_M"]
