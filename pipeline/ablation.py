@@ -20,6 +20,7 @@ The paper's student reads one passage and retrieves training passages with the r
 from __future__ import annotations
 
 import gc
+import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from domains.config import ReflectSection
-from domains.jsonl import read_jsonl
+from domains.jsonl import read_jsonl, write_text_atomic
 from domains.records import Answer, Example, Hit, Passage, Question, Rationale
 from domains.words import squash
 from pipeline.arms import DEPTH, Arm, Conditions, Remembered, ask_arms
@@ -165,15 +166,17 @@ def train_recipe(
     recipe: Recipe,
     reflection_tokens: bool = False,
 ) -> Path:
-    """Train a student on ``rows`` and write it in F16; returns the GGUF file, made before or now."""
+    """Train a student on ``rows`` and write it in F16; returns the GGUF file, made now or before of the very same."""
     from pipeline.merge import plain_network
     from pipeline.student import load_student
     from pipeline.student_files import write_f16
     from pipeline.train import train_student
 
-    path = folder / "student-F16.gguf"
-    if path.is_file():
+    path, note = folder / "student-F16.gguf", folder / "made_of.txt"
+    made_of = _digest(rows, base, context, settings, recipe, reflection_tokens)
+    if path.is_file() and note.is_file() and note.read_text("utf-8") == made_of:
         return path
+    path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     train_student(
         rows, folder / "train", progress, base=base, context=context, max_rows=0, checkpoint_steps=50,
@@ -181,9 +184,16 @@ def train_recipe(
     )  # fmt: skip
     trained = load_student(folder / "train", base=base)
     write_f16(path, plain_network(trained), trained.base, title=title)
+    write_text_atomic(note, made_of)
     shutil.rmtree(folder / "train")
     gc.collect()
     return path
+
+
+def _digest(rows: Sequence[Example], *others: object) -> str:
+    """Of everything that a student depends on, but for the code."""
+    parts = [row.model_dump_json() for row in rows] + [repr(other) for other in others]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_llama import make_tiny_llama
 
 from domains.config import ReflectSection
 from domains.jsonl import write_jsonl
 from domains.records import Example, Hit, Message, Passage, Question, Quote, Rationale
-from pipeline import ablation
+from pipeline import ablation, train
 from pipeline.ablation import Asking, Oracle, Recipes, Taught, kept_rationales, summarise_marks
 from pipeline.arms import Arm, Conditions, Row
 from pipeline.progress import Silent
+from pipeline.recipe import QLORA
 from pipeline.run_folder import Run
+from pipeline.training_loop import Settings
 
 TEXTS = {"cat": "The cat eats fish.", "dog": "The dog eats bones.", "cow": "The cow eats grass."}
 
@@ -156,3 +160,36 @@ def test_two_trained_arms_are_compared_on_the_same_questions() -> None:
     assert gap is not None
     assert gap[0] == pytest.approx(1 / len(questions) - 1, abs=1e-4)
     assert gap[1] <= gap[0] <= gap[2] <= 0
+
+
+def test_a_student_is_used_again_only_where_it_was_made_of_the_very_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = str(make_tiny_llama(tmp_path / "tiny"))
+    rows = recipes([]).rows("kard", taught())
+    settings = Settings(
+        rank=2, alpha=4.0, dropout=0.0, learning_rate=1e-3, warmup_share=0.0, epochs=1, pack_tokens=512, packs_per_step=1,
+        max_grad_norm=1.0, seed=0,
+    )  # fmt: skip
+    trained: list[int] = []
+    real = train.train_student
+
+    def counted(rows: Any, *args: Any, **more: Any) -> Any:
+        trained.append(len(rows))
+        return real(rows, *args, **more)
+
+    monkeypatch.setattr(train, "train_student", counted)
+
+    def make(rows: list[Example], seed: int = 0) -> Path:
+        return ablation.train_recipe(
+            rows, tmp_path / "student", Silent(), base=base, context=512, settings=replace(settings, seed=seed),
+            title="t", recipe=QLORA,
+        )  # fmt: skip
+
+    path = make(rows)
+    assert path.is_file()
+    make(rows)
+    assert trained == [4]
+    make(rows[:3])
+    make(rows[:3], seed=1)
+    assert trained == [4, 3, 3]
