@@ -147,8 +147,19 @@ def test_prompts_count_where_they_are_used(domain: Domain, run: Run, name: str) 
 @pytest.mark.parametrize("name", NAMES)
 def test_inputs_count_by_content(domain: Domain, run: Run, name: str) -> None:
     stage = BY_NAME[name]
+    reflect = domain.config.reflect.model_copy(update={"backend": "tokens", "instructions": "general.jsonl"})
+    domain = replace(domain, config=domain.config.model_copy(update={"reflect": reflect}))
+    (domain.folder / "general.jsonl").write_text(
+        '{"id": "g", "instruction": "What is 1 + 1?", "answer": "2."}\n'
+    )
     before = fingerprint(stage, domain, run)
-    everything = ["documents", "questions", "checks", *(what for each in STAGES for what in each.writes)]
+    everything = [
+        "documents",
+        "questions",
+        "checks",
+        "instructions",
+        *(what for each in STAGES for what in each.writes),
+    ]
     moved = set()
     for what in everything:
         for path in paths_of(what, domain, run):
@@ -230,7 +241,7 @@ def test_a_stage_is_done_until_an_output_is_deleted(domain: Domain, run: Run, na
 
 
 def test_every_input_is_the_domains_or_written_by_an_earlier_stage() -> None:
-    there = {"documents", "questions", "checks"}
+    there = {"documents", "questions", "checks", "instructions"}
     for stage in STAGES:
         assert set(stage.reads) <= there, stage.name
         there |= set(stage.writes)
