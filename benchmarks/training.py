@@ -207,6 +207,8 @@ def take_turns(arms: Sequence[Arm]) -> dict[str, Any]:
             if round_:
                 result["seconds"].append(seconds)
             result |= {"loss": loss, "norm": norm}
+    for bench in benches.values():
+        bench.close()
     rate = gemm_rate(torch.bfloat16)
     weights = benches[min(benches)].block_weights
     per_token = 2 * 2 * weights  # forward, and backward to the inputs: the weights themselves are frozen
@@ -266,6 +268,12 @@ class Bench:
         return LayerCache(
             frozen, self.rows, width=config.hidden_size, dtype=self.network.dtype, folder=folder
         )
+
+    def close(self) -> None:
+        """Remove what lies on disk."""
+        if self._below is not None:
+            self._below.close()
+        self._folder.cleanup()
 
     def step(self, switches: dict[str, Any]) -> tuple[float, float, float]:
         """Seconds, loss per supervised token, norm of the gradient."""
