@@ -188,7 +188,8 @@ def make_run(folder: Path, *, base: int = 30, tuned: int = 90, exported: int = 8
     for path, skill in zip(models.values(), (base, tuned, exported), strict=True):
         write_text_atomic(path, str(skill))
     write_text_atomic(
-        run.bundle / "parity.json", json.dumps({"ready": True, "kl": 0.00123456, "top1_agreement": 0.992})
+        run.bundle / "parity.json",
+        json.dumps({"ready": True, "kl": 0.00123456, "top1_agreement": 0.992, "bits_equal": True}),
     )
     losses = [{"step": step, "loss": 3 * 0.93**step + 0.4} for step in range(1, 31)]
     losses += [{"step": step, "validation_loss": 3 * 0.94**step + 0.5} for step in (10, 20, 30)]

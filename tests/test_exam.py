@@ -63,7 +63,7 @@ def test_report_carries_what_other_stages_left(tmp_path):
     assert report["n_questions"] == 48
     assert report["kinds"] == {"open": 12, "options": 12, "unanswerable": 12, "yes_no": 12}
     assert report["resampled"] == "documents"
-    assert report["parity"] == {"ready": True, "kl": 0.0012, "top1_agreement": 0.992}
+    assert report["parity"] == {"ready": True, "kl": 0.0012, "top1_agreement": 0.992, "bits_equal": True}
     assert report["curate"]["counts"]["kept"] == 120
     assert report["train"]["counts"]["steps"] == 30
     assert len(report["losses"]) == 33
