@@ -1,7 +1,7 @@
 """Measures training: this project's loop against plain peft + bitsandbytes + TRL, and each lever by itself.
 
     python benchmarks/training.py              12 steps of 8 rows for everybody
-    python benchmarks/training.py --quick      the slowest parts take fewer steps, at most 15 minutes on 2 cores
+    python benchmarks/training.py --quick      fewer steps and rounds, meant for 15 minutes on 2 cores
     python benchmarks/training.py --json       the last line is one JSON object
 
 Everybody trains the same rows in the same order, 8 a step, from the same first adapter on the same NF4 base (double
@@ -36,8 +36,20 @@ from serve.models import SMOLLM2, packaged_gguf
 
 DOMAINS = ("medical", "product_requirements")
 ROWS_PER_STEP = 8
-STEPS, SHORT, QUICK = 12, 2, 3  # of the main arms; of the levers' memory; with --quick, of TRL's slow default
-ROUNDS = 6  # of the levers' speeds, the first not counted
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Steps of the two main arms, of TRL's default and of the levers' memory; rounds of their speeds, the first not counted."""
+
+    main: int
+    default: int
+    memory: int
+    rounds: int
+
+
+STEPS = 12  # of a whole run: everybody follows its schedule, however early it stops
+FULL, QUICK = Sizes(STEPS, STEPS, 2, 6), Sizes(8, 2, 1, 4)
 PACK_TOKENS = 1024
 NO_LIMIT = 10**6  # no row is left out or cut, here or there
 RANK, ALPHA, RATE, SEED = 16, 32.0, 1e-3, 0
@@ -100,7 +112,7 @@ def main() -> None:
         print(json.dumps(asdict(run_arm(Arm.parse(options.arm)))))
         return
     if options.turns is not None:
-        print(json.dumps(take_turns([Arm.parse(arm) for arm in options.turns])))
+        print(json.dumps(take_turns([Arm.parse(arm) for arm in options.turns], options.rounds)))
         return
     result = measure(quick=options.quick, levers=options.levers, trl=not options.no_trl)
     show(result)
@@ -119,22 +131,23 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--no-trl", action="store_true", help="this project's loop only")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--turns", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def measure(*, quick: bool, levers: Sequence[str], trl: bool) -> dict[str, Any]:
     """All arms, one process after the other."""
-    slow = QUICK if quick else STEPS
-    arms = {"ours": Arm("ours", STEPS)}
+    sizes = QUICK if quick else FULL
+    arms = {"ours": Arm("ours", sizes.main)}
     if trl:
-        arms["trl"] = Arm("trl", STEPS, trl=True, trl_checkpointing=False)
-        arms["trl_default"] = Arm("trl_default", slow, trl=True)
-        arms["ours_again"] = Arm("ours", STEPS)
+        arms["trl"] = Arm("trl", sizes.main, trl=True, trl_checkpointing=False)
+        arms["trl_default"] = Arm("trl_default", sizes.default, trl=True)
+        arms["ours_again"] = Arm("ours", sizes.main)
     found = {name: start(arm) for name, arm in arms.items()}
     result: dict[str, Any] = {"quick": quick, "arms": {name: asdict(value) for name, value in found.items()}}
     if trl:
         result |= compared(found)
-    return result | measure_levers(levers)
+    return result | measure_levers(levers, sizes)
 
 
 def compared(found: dict[str, Measured]) -> dict[str, Any]:
@@ -152,21 +165,21 @@ def compared(found: dict[str, Measured]) -> dict[str, Any]:
     }
 
 
-def measure_levers(names: Sequence[str]) -> dict[str, Any]:
+def measure_levers(names: Sequence[str], sizes: Sizes) -> dict[str, Any]:
     """Each lever with it over without it: speed, memory, and how far loss and gradient are from each other."""
     pairs: dict[str, list[Arm]] = {}
     for name in names:
         layers = TOP_LAYERS if name == "cached_layers" else 0
         epochs = 2 if layers else 1  # the second finds everything in the cache
         pairs[name] = [
-            Arm("lever", SHORT, switches=tuple(switches.items()), lora_layers=layers, epochs=epochs)
+            Arm("lever", sizes.memory, switches=tuple(switches.items()), lora_layers=layers, epochs=epochs)
             for switches in LEVERS[name]
         ]
     arms = list({arm: None for pair in pairs.values() for arm in pair})
     if not arms:
         return {"levers": {}}
     peaks = {arm: start(arm).peak_mb for arm in arms}
-    turns = start_turns(arms)
+    turns = start_turns(arms, sizes.rounds)
     place = {arm: number for number, arm in enumerate(arms)}
     levers = {}
     for name, (with_it, without) in pairs.items():
@@ -182,22 +195,29 @@ def measure_levers(names: Sequence[str]) -> dict[str, Any]:
     return {"levers": levers, "bound": turns["bound"]}
 
 
-def start_turns(arms: Sequence[Arm]) -> dict[str, Any]:
+def start_turns(arms: Sequence[Arm], rounds: int) -> dict[str, Any]:
     """`take_turns` in a process of its own."""
-    say(f"{len(arms)} arms in turns ({ROUNDS} rounds)")
-    command = [sys.executable, str(Path(__file__)), "--turns", *(json.dumps(asdict(arm)) for arm in arms)]
+    say(f"{len(arms)} arms in turns ({rounds} rounds)")
+    command = [
+        sys.executable,
+        str(Path(__file__)),
+        "--rounds",
+        str(rounds),
+        "--turns",
+        *(json.dumps(asdict(arm)) for arm in arms),
+    ]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return found
 
 
-def take_turns(arms: Sequence[Arm]) -> dict[str, Any]:
+def take_turns(arms: Sequence[Arm], rounds: int) -> dict[str, Any]:
     """One step's forward and backward pass per arm and round, always of the same rows and weights."""
     import torch
 
     benches: dict[tuple[bool, int], Bench] = {}
     found: list[dict[str, Any]] = [{"seconds": []} for _ in arms]
-    for round_ in range(ROUNDS):
+    for round_ in range(rounds):
         for arm, result in zip(arms, found, strict=True):
             switches = dict(arm.switches)
             key = switches.get("bf16", True), arm.lora_layers
@@ -425,14 +445,14 @@ def run_ours(arm: Arm) -> Measured:
         trainer = Trainer(adapted, base.model, rows, (), settings, Path(folder), "")
         batches = [rows[i * ROWS_PER_STEP : (i + 1) * ROWS_PER_STEP] for i in range(arm.steps)]
         trainer.epochs = [[packs_of(batch, room, packing=levers.packing) for batch in batches]] * arm.epochs
-        trainer.total = arm.steps * arm.epochs
+        trainer.total = max(STEPS, arm.steps * arm.epochs)  # the schedule's
         state = trainer.fit(Silent(), checkpoint_steps=10**6)
     history = [line for line in state.history if "loss" in line]
     timed = history[max(1, arm.steps * (arm.epochs - 1)) :]  # the last epoch, never the first step
     seconds = sum(line["seconds"] for line in timed)
     tokens = sum(line["tokens"] for line in timed)
     return Measured(
-        tokens / seconds,
+        tokens / seconds if seconds else 0.0,  # one step alone is for its memory
         peak_mb(),
         [line["loss"] for line in history],
         sum(line["tokens"] for line in history),

@@ -60,14 +60,14 @@ def test_every_lever_is_measured_against_its_absence(monkeypatch: pytest.MonkeyP
         off = dict(arm.switches).get("packing") is False
         return measured(100 if off else 300, 900 if off else 600, 2.0)
 
-    def start_turns(arms: list[training.Arm]) -> dict[str, Any]:
+    def start_turns(arms: list[training.Arm], _rounds: int) -> dict[str, Any]:
         off = [dict(arm.switches).get("packing") is False for arm in arms]
         found = [{"seconds": [3.0, 9.0] if each else [1.0, 3.0], "loss": 2.0, "norm": 1.0} for each in off]
         return {"arms": found, "bound": {"tokens_per_s": 1000}}
 
     monkeypatch.setattr(training, "start", start)
     monkeypatch.setattr(training, "start_turns", start_turns)
-    result = training.measure_levers(list(training.LEVERS))
+    result = training.measure_levers(list(training.LEVERS), training.QUICK)
     levers = result["levers"]
     assert levers.keys() == training.LEVERS.keys()
     assert levers["packing"] == {
@@ -93,15 +93,12 @@ def test_both_trainers_take_the_same_tokens_to_the_same_losses(tmp_path: Path) -
     assert ours.losses[1] != ours.losses[0]
 
 
-def test_in_turns_every_lever_gives_the_same_loss_and_gradient(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training, "ROUNDS", 2)
+def test_in_turns_every_lever_gives_the_same_loss_and_gradient(tmp_path: Path) -> None:
     base = str(make_tiny_llama(tmp_path / "tiny"))
     switches = [{}, {"fused_layers": False, "shared_prefix": False}, {"packing": False}, {"bf16": False}]
     arms = [training.Arm("lever", 1, switches=tuple(each.items()), base=base) for each in switches]
     arms.append(training.Arm("lever", 1, lora_layers=1, base=base))
-    found = training.take_turns(arms)
+    found = training.take_turns(arms, 2)
     assert [len(each["seconds"]) for each in found["arms"]] == [1] * len(arms)
     whole, *others, top = found["arms"]
     for each in others:
