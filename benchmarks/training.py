@@ -327,7 +327,8 @@ def start(arm: Arm) -> Measured:
     command = [sys.executable, str(Path(__file__)), "--arm", json.dumps(asdict(arm))]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     measured = Measured(**json.loads(process.stdout.splitlines()[-1]))
-    say(f"  {measured.tokens_per_s:.0f} tokens/s, {measured.peak_mb:.0f} MB")
+    speed = f"{measured.tokens_per_s:.0f} tokens/s, " if measured.tokens_per_s else ""
+    say(f"  {speed}{measured.peak_mb:.0f} MB")
     return measured
 
 

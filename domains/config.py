@@ -181,8 +181,7 @@ class RerankSection(Record):
     the temperatures of targets and scores. ``rank`` 0 trains the whole question encoder. ``dimensions`` are numbers
     per token of a stored passage. ``development_share`` of the documents is held out: it decides the epoch and how
     much the fused score counts, and the reranker is kept only where it certainly helps there, or with ``keep`` = ``always``
-    in any case. When answering, the
-    first ``candidates`` of the hybrid list are ordered anew.
+    in any case. When answering, the first ``candidates`` of the hybrid list are ordered anew.
     """
 
     enabled: bool = False
@@ -280,9 +279,9 @@ class ExportSection(Record):
     no other: the file holds the blocks that were trained. Every other format is made by llama.cpp's quantizer.
     ``rounding`` says how the served file of another student gets onto its grid: by ``llama.cpp``'s quantizer; to the
     nearest (``rtn``), with searched scales (``mse``), by GPTQ, with R2 or R1 and R2 rotated first, with learned
-    rotations (SpinQuant), or with these and scales tuned afterwards; ``search`` makes all of them and more, measures them and serves the fastest that
-    is as near as ``[parity]`` asks. SpinQuant's R3 is llama.cpp's own where ``[serve] kv_cache`` is quantized; R4 has no place in
-    stock llama.cpp: SiLU does not commute with it.
+    rotations (SpinQuant), or with these and scales tuned afterwards; ``search`` makes all of them and more, measures
+    them and serves the fastest that is as near as ``[parity]`` asks. SpinQuant's R3 is llama.cpp's own where ``[serve] kv_cache``
+    is quantized; R4 has no place in stock llama.cpp: SiLU does not commute with it.
     """
 
     formats: list[GgufType] = ["Q8_0", "Q4_0", "Q4_K_M"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from domains.config import DomainConfig, read_config
 from domains.errors import ConfigError, DataError
 from domains.jsonl import read_jsonl
-from domains.records import Question
+from domains.records import Instruction, Question
 
 SHIPPED = Path(__file__).parent
 PROMPTS = ("system", "teacher")
@@ -79,6 +79,14 @@ class Domain:
                 next_step=f"mend {path}",
             )
         return questions
+
+    def read_instructions(self) -> list[Instruction]:
+        """The general instructions; none where nothing learns from them.
+
+        Raises:
+            DataError: the file is missing or wrong (names the line).
+        """
+        return read_jsonl(self.instructions, Instruction) if self.instructions is not None else []
 
     def _resolve(self, value: str) -> Path:
         return (self.folder / Path(value).expanduser()).resolve()

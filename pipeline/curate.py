@@ -24,7 +24,7 @@ from domains.checks import Check, load_checks
 from domains.domain import Domain
 from domains.errors import StageError
 from domains.jsonl import read_jsonl, write_jsonl
-from domains.records import Example, Instruction, Passage, Question, Rationale, Rejection
+from domains.records import Example, Passage, Question, Rationale, Rejection
 from pipeline.augment import Sampling
 from pipeline.critics import open_critic
 from pipeline.decontaminate import ExamGuard
@@ -86,7 +86,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         progress.start("writing training rows", 0)
         facts: dict[str, Any] = {"exam_templates": guard.templates}
         if domain.config.reflect.backend in {"tokens", "text"}:
-            general, double = keep_clear(_instructions(domain), guard)
+            general, double = keep_clear([as_question(each) for each in domain.read_instructions()], guard)
             contaminated = [*contaminated, *double]
             rows, counts, facts["critic"] = _reflecting(
                 domain, run, retriever, kept, clear, general, progress
@@ -160,12 +160,6 @@ def _reflecting(
         write_jsonl(run.critiques, labels)
     given = Counter(f"{label.task}: {label.label}, by {label.teacher}" for label in labels)
     return rows, counts, {**told, **dict(sorted(given.items()))}
-
-
-def _instructions(domain: Domain) -> list[Question]:
-    """The domain's general instructions; none where nothing learns from them."""
-    path = domain.instructions
-    return [as_question(each) for each in read_jsonl(path, Instruction)] if path is not None else []
 
 
 def _counts(

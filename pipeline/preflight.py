@@ -21,13 +21,14 @@ def check_main_job(domain: Domain, run: Run, progress: Progress) -> None:
 
     Raises:
         ConfigError: no questions, or the run folder belongs to another domain of the same name.
-        DataError: the questions' file is wrong.
+        DataError: the file of questions or of general instructions is missing or wrong.
         ModelError: the student's base is neither known, nor a folder, nor a hub id.
         TeacherError: the teacher's key is missing while there is something to ask.
     """
     check_owner(domain, run)
     check_base(domain.config.student.base)
     questions = domain.read_questions()
+    domain.read_instructions()
     teacher = domain.config.teacher
     key = teacher.api_key_env
     if teacher.kind == "endpoint" and key and not os.environ.get(key) and not run.rationales.exists():

@@ -40,7 +40,7 @@ def give_verdict(
         differences: ``{"tuned_rag-base_rag": {"score": {mean, low, high}, …}, …}`` in [-1, 1].
         arms: ``{"exported_rag": {"abstention_recall": {mean, low, high}, …}, …}``.
         n_questions: how many each arm was asked.
-        bits_equal: the served blocks are the trained ones, so that a difference is arithmetic alone.
+        bits_equal: the served blocks are the trained ones: a difference is llama.cpp's arithmetic and F16's rounding.
     """
     training = differences["tuned_rag-base_rag"]["score"]
     retrieval = differences["base_rag-base"]["score"]
@@ -124,8 +124,8 @@ def _export(export: Numbers, *, bits_equal: bool) -> str:
     span = f"{points(export['mean'])} points, 95 % interval {_span(export)}"
     if export["high"] < 0 and bits_equal:
         return (
-            f"The served blocks are the trained ones bit for bit; how llama.cpp computes with them cost "
-            f"{points(-export['mean'], sign=False)} points (95 % interval {_span(export)})."
+            f"The served blocks are the trained ones bit for bit, and scored {points(-export['mean'], sign=False)} points "
+            f"below the same network written in F16 (95 % interval {_span(export)})."
         )
     if export["high"] < 0:
         return f"Exporting cost {points(-export['mean'], sign=False)} points (95 % interval {_span(export)})."

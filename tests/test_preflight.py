@@ -84,3 +84,16 @@ def test_a_copied_domain_does_not_write_into_the_runs_of_the_first(tmp_path: Pat
         check_owner(load_domain(str(tmp_path / "copy")), run)
     (tmp_path / "mine").rename(tmp_path / "moved")  # the first is gone: it was moved, and its runs go along
     check_owner(load_domain(str(tmp_path / "moved")), run)
+
+
+def test_general_instructions_that_are_not_there_are_told_where_something_learns_from_them(
+    tmp_path: Path,
+) -> None:
+    run, lost = Run(tmp_path / "medical" / "quick"), str(tmp_path / "lost.jsonl")
+    domain = load_domain("medical")
+    check_main_job(with_changes(domain, reflect={"instructions": lost}), run, Silent())
+    with pytest.raises(DataError, match=r"lost\.jsonl' does not exist"):
+        check_main_job(
+            with_changes(domain, reflect={"backend": "tokens", "instructions": lost}), run, Silent()
+        )
+    check_main_job(with_changes(domain, reflect={"backend": "tokens"}), run, Silent())

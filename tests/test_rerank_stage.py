@@ -221,6 +221,8 @@ def test_what_does_not_certainly_help_is_not_kept(tmp_path: Path, monkeypatch: p
     assert any("hybrid order stays" in line for line in progress.lines)
     assert not run.reranker.exists()
     assert json.loads((run.rerank / "result.json").read_text())["sha256"] == {}
+    assert stage.run(with_rerank(domain, keep="always"), run, Silent()).facts["kept"] is True
+    assert run.reranker.exists()
 
 
 def test_too_little_to_learn_from_is_said(tmp_path: Path) -> None:

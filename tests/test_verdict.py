@@ -23,14 +23,14 @@ def _verdict(training=NOTHING, retrieval=NOTHING, export=NOTHING, answerable=Non
     return give_verdict(differences=differences, arms=arms or {}, n_questions=n)
 
 
-def test_where_no_bit_differs_the_arithmetic_is_to_blame():
+def test_where_no_bit_differs_the_export_is_not_to_blame():
     differences = {
         "tuned_rag-base_rag": {"score": {"mean": 0.0, "low": -0.1, "high": 0.1}},
         "base_rag-base": {"score": {"mean": 0.0, "low": -0.1, "high": 0.1}},
         "exported_rag-tuned_rag": {"score": {"mean": -0.03, "low": -0.05, "high": -0.01}},
     }
     text = give_verdict(differences=differences, arms={}, n_questions=60, bits_equal=True).text
-    assert "bit for bit; how llama.cpp computes with them cost 3 points" in text
+    assert "bit for bit, and scored 3 points below the same network written in F16" in text
     assert "Exporting cost" not in text
 
 

@@ -1,8 +1,8 @@
 """How a low-rank adapter moves the blocks of one matrix: three rules, each with its backward pass.
 
 ``delta`` is scaling · B A, float32 [out, width]. Every rule is followed exactly by the served file: the forward pass
-multiplies with the numbers that the blocks decode to, in training's arithmetic (a bfloat16 copy of them where that is bfloat16). Rounding is straight-through: its gradient
-is that of the identity.
+multiplies with the numbers that the blocks decode to, in training's arithmetic (a bfloat16 copy of them where that is
+bfloat16). Rounding is straight-through: its gradient is that of the identity.
 """
 
 from __future__ import annotations
