@@ -38,6 +38,7 @@ from pipeline import ablation
 from pipeline.arms import PARALLEL, Conditions
 from pipeline.base_gguf import base_gguf
 from pipeline.exam import draw_questions, exam_questions
+from pipeline.fit_reflection import fit_student
 from pipeline.job import run_job
 from pipeline.progress import Lines, Progress
 from pipeline.public_sets_bench import (
@@ -53,7 +54,10 @@ from pipeline.retrieval_cases import Case, corpus_case, medquad_case
 from pipeline.run_folder import Run, open_run
 from pipeline.selective_report import describe_selective
 from rag.retrieve import Retriever, open_retriever
+from serve.assistant import Assistant
 from serve.engine import Engine
+from serve.reflection import open_reflector
+from serve.reflection_fit import with_fit
 from serve.vote import Votes
 
 ROOT = Path(__file__).parent.parent
@@ -64,10 +68,12 @@ BACKENDS = ("text", "tokens")
 PAIRS = (
     *(("rationales", "answers"), ("kard", "rationales"), ("kard_reranked", "kard"), ("kard_oracle", "kard")),
     *(("kard_voted", "kard"), ("quotes", "kard"), ("quotes_reranked", "quotes"), ("grader", "quotes")),
-    *(("text", "quotes"), ("tokens", "quotes")),
+    *(("text", "quotes"), ("tokens", "quotes"), ("kard_abstaining", "quotes"), ("kard_abstaining", "kard")),
+    *(("tokens_fitted", "tokens"), ("tokens_long", "tokens")),
 )
 SWEEP_N, SWEEP_K, SWEEP_SHARE = 3, (1, 5), (0.0, 1.0)  # beside the options' own
 VOTES = 5  # replies a question in the arm kard_voted
+FIT_QUESTIONS = 40  # of the seed split, for threshold and weights of tokens_fitted
 RESAMPLES = 2000
 QUICK_ROWS = 400  # of MedQuAD, to learn the reranker from
 QUICK_ASKED = 20  # of MedQuAD's test, for the student's abstention
@@ -171,18 +177,27 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
         index = hybrid.index
         recipes = recipes_of(domain, hybrid, top_k=top_k, question_share=options.question_share)
         students: dict[str, Path] = {}
+        rows_of: dict[str, int] = {}
         for kind in ablation.RECIPES:
             rows = ablation.rows_of(run) if kind == "quotes" else recipes.rows(kind, taught)
+            rows_of[kind] = len(rows)
             progress.say(f"student {kind!r}: {len(rows)} rows")
             students[kind] = train(
                 domain, rows, work / "students" / kind, progress, title=f"{domain.name} {kind}"
             )
-        for backend in BACKENDS:
-            rows = reflected_rows(domain, work, backend, progress)
-            progress.say(f"student {backend!r}: {len(rows)} rows")
-            students[backend] = train(
-                domain, rows, work / "students" / backend, progress,
-                title=f"{domain.name} {backend}", tokens=backend == "tokens",
+        variants: dict[str, dict[str, Any]] = {
+            name: {"reflect": reflecting(domain, name)} for name in BACKENDS
+        }
+        variants["kard_abstaining"] = {
+            "curate": config.curate.model_copy(update={"evidence": "rationale", "rationale_in_target": True})
+        }
+        varied: dict[str, list[Example]] = {}
+        for name, sections in variants.items():
+            rows = varied[name] = varied_rows(domain, work, name, progress, sections)
+            rows_of[name] = len(rows)
+            progress.say(f"student {name!r}: {len(rows)} rows")
+            students[name] = train(
+                domain, rows, work / "students" / name, progress, title=f"{domain.name} {name}", tokens=name == "tokens"
             )  # fmt: skip
         oracle = ablation.Oracle(questions, index.passages, hybrid)
         arms = {
@@ -192,11 +207,7 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
             "kard": ablation.Asking(students["kard"], hybrid),
             "kard_reranked": ablation.Asking(students["kard"], reranked),
             "kard_oracle": ablation.Asking(students["kard"], oracle),
-            **(
-                {}
-                if options.quick
-                else {"kard_voted": ablation.Asking(students["kard"], hybrid, votes=Votes(VOTES))}
-            ),
+            "kard_abstaining": ablation.Asking(students["kard_abstaining"], hybrid),
             "quotes": ablation.Asking(students["quotes"], hybrid),
             "quotes_reranked": ablation.Asking(students["quotes"], reranked),
             "grader": ablation.Asking(students["quotes"], hybrid, reflect=reflecting(domain, "grader")),
@@ -205,6 +216,12 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
                 for name in BACKENDS
             },
         }
+        if not options.quick:
+            learnt = fitted_to(domain, students["tokens"], hybrid, varied["tokens"], progress)
+            long = reflecting(domain, "tokens").model_copy(update={"form": "long"})
+            arms["kard_voted"] = ablation.Asking(students["kard"], hybrid, votes=Votes(VOTES))
+            arms["tokens_fitted"] = ablation.Asking(students["tokens"], hybrid, reflect=learnt)
+            arms["tokens_long"] = ablation.Asking(students["tokens"], hybrid, reflect=long)
         marks, answers = ablation.ask(
             arms,
             questions,
@@ -226,7 +243,9 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
         for one, other in PAIRS
         if one in marks
     }
-    facts = {"rationales": len(taught), "questions": len(questions), "top_k": top_k, "keep": options.keep}
+    facts = {
+        "rationales": len(taught), "rows": rows_of, "questions": len(questions), "top_k": top_k, "keep": options.keep
+    }  # fmt: skip
     return {
         "students": summary,
         "students_facts": facts,
@@ -320,13 +339,29 @@ def reflecting(domain: Domain, backend: str) -> ReflectSection:
     return domain.config.reflect.model_copy(update={"backend": backend})
 
 
-def reflected_rows(domain: Domain, work: Path, backend: str, progress: Progress) -> list[Example]:
-    """Training rows of a back-end, curated from the same rationales in a run of their own."""
-    config = domain.config.model_copy(update={"reflect": reflecting(domain, backend)})
-    other = Domain(domain.folder, config, domain.prompts)
-    run = open_run(work / "runs", domain.name, backend)
+def varied_rows(
+    domain: Domain, work: Path, name: str, progress: Progress, sections: dict[str, Any]
+) -> list[Example]:
+    """The rows that the product makes with other sections, from the same rationales, in a run of their own."""
+    other = Domain(domain.folder, domain.config.model_copy(update=sections), domain.prompts)
+    run = open_run(work / "runs", domain.name, name)
     run_job(other, run, progress, stages=("index", "elicit", "curate"))
     return ablation.rows_of(run)
+
+
+def fitted_to(
+    domain: Domain, student: Path, hybrid: Retriever, rows: Sequence[Example], progress: Progress
+) -> ReflectSection:
+    """Self-RAG's back-end with threshold and weights fitted to this student on seed questions, unseen ones first."""
+    config, reflect = domain.config, reflecting(domain, "tokens")
+    with Engine(student, context=config.student.context, parallel=PARALLEL) as engine:
+        assistant = Assistant(
+            engine, hybrid, system=domain.prompts["system"], abstain=config.domain.abstain, top_k=config.retrieve.top_k,
+            max_tokens=config.serve.max_tokens, unsupported="keep", reflector=open_reflector(reflect, engine),
+        )  # fmt: skip
+        seen = {row.question_id for row in rows}
+        found, _ = fit_student(domain, assistant, count=FIT_QUESTIONS, trained_on=seen, progress=progress)
+    return with_fit(reflect, found)
 
 
 def reflection(summary: dict[str, dict[str, Any]], answers: dict[str, list[Answer | None]]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Measures the routes from a trained student to the file that is served: exactness, and quality at equal bits.
 
-    python benchmarks/quantization.py              everything, about two hours on 2 cores
+    python benchmarks/quantization.py              everything, about an hour on 2 cores
     python benchmarks/quantization.py --quick      small samples, at most 15 minutes
     python benchmarks/quantization.py --json       the last line is one JSON object
     python benchmarks/quantization.py --parts candidates --networks default --only gptq-q4_0 llamacpp-q4_0-imatrix
@@ -9,8 +9,8 @@ exactness   each [train] method trains a few rows; the file's blocks are compare
             bit, and the file's answers with those of the training network (KL, teacher-forced, llama.cpp). Beside
             them the usual way: a QLoRA adapter merged into the unquantized base, then Q4_K_M.
 candidates  files of one student, compared with it in full precision: `default` is the default model, fine-tuned
-            (untouched, its weights lie on the Q4_1 grid); `k-capable` a small Llama trained here from scratch,
-            whose widths K-quants divide.
+            (untouched, its weights lie on the Q4_1 grid); `k-capable` the default model cut to widths that K-quants
+            divide (SliceGPT's way), then trained here with all of its weights.
 
 Texts: wikitext articles where ``--data`` has them (folder ``wikitext2_test``) and documents of the exam split, none of
 them used in training or calibration. The exam: questions of the exam split with their gold passages.
@@ -43,15 +43,15 @@ from pipeline.fidelity import Fidelity, Reference, Text
 from pipeline.gguf_tensors import read_packed
 from pipeline.imatrix import collect_imatrix
 from pipeline.merge import merge_adapter
+from pipeline.narrow import narrow
 from pipeline.packing import Row, encode_examples
 from pipeline.progress import Lines, Progress
 from pipeline.quantization_bench import (
     articles,
+    heal,
     held_out_texts,
     merge_into_unquantized,
-    pretrain,
     score_file,
-    small_llama,
     taught_examples,
     windows,
 )
@@ -76,7 +76,15 @@ ROUTES: tuple[tuple[str, Grid | None], ...] = (
 # Left out with --quick, to bound its time; the full run has them.
 NOT_QUICK = {
     "default": {"mse-q4_0", "gptq-q4_1", "r2-gptq-q4_0", "learned-gptq-q4_0", "tuned-gptq-q4_0"},
-    "k-capable": {"mse-q4_0", "gptq-q4_1", "tuned-gptq-q4_0"},
+    "k-capable": {
+        "rtn-q4_0",
+        "mse-q4_0",
+        "gptq-q4_0",
+        "gptq-q4_1",
+        "r2-gptq-q4_0",
+        "learned-gptq-q4_0",
+        "tuned-gptq-q4_0",
+    },
 }
 MOST_BITS = 4.6  # of the blocks, for the comparison with llama.cpp's own Q4_0
 
@@ -93,17 +101,16 @@ class Sizes:
     texts: int
     exam: int
     learning_steps: int
-    pretrain_steps: int
-    pretrain_batch: int
+    heal_steps: int
+    heal_batch: int
 
 
 QUICK = Sizes(
-    rows=24, epochs=2, exact_rows=8, length=512, calibration=24, texts=5, exam=4, learning_steps=16, pretrain_steps=120,
-    pretrain_batch=2,
+    rows=16, epochs=2, exact_rows=8, length=512, calibration=24, texts=4, exam=4, learning_steps=16, heal_steps=24,
+    heal_batch=2,
 )  # fmt: skip
 FULL = Sizes(
-    rows=160, epochs=2, exact_rows=48, length=512, calibration=64, texts=32, exam=60, learning_steps=48, pretrain_steps=1500,
-    pretrain_batch=8,
+    rows=48, epochs=2, exact_rows=24, length=512, calibration=24, texts=12, exam=12, learning_steps=16, heal_steps=120, heal_batch=4,
 )  # fmt: skip
 
 
@@ -117,7 +124,7 @@ class Ground:
     exam: list[Question]
     sizes: Sizes
     settings: Settings
-    learned: list[str]  # texts that calibration and pretraining may see
+    learned: list[str]  # texts that calibration and healing may see
     unseen: list[str]
     unseen_articles: list[str]
 
@@ -160,6 +167,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--split", default="dev", choices=("dev", "hidden"), help="which half of the articles"
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the rotations")
     parser.add_argument("--work", help="keep the files here")
     return parser.parse_args()
 
@@ -306,7 +314,7 @@ def measure_candidates(
         folder.mkdir(parents=True, exist_ok=True)
         progress.say(f"-- network {name}")
         base, trained_rows, about = (
-            fine_tuned(ground, folder, progress) if name == "default" else from_scratch(ground, progress)
+            fine_tuned(ground, folder, progress) if name == "default" else k_capable(ground, progress)
         )
         texts, split = unseen_texts(ground, base)
         batches = calibration(ground, base, trained_rows)
@@ -315,7 +323,7 @@ def measure_candidates(
         materials = Materials(
             network=base.model, base=base, f16=f16, batches=batches, rows=trained_rows,
             imatrix=collect_imatrix(base.model, [ids for batch in batches for ids in batch.tolist()], max_tokens=10**9),
-            settings=replace(ground.settings, epochs=1), learning=Learning(steps=ground.sizes.learning_steps, tuning_steps=ground.sizes.learning_steps),
+            settings=replace(ground.settings, epochs=1), learning=Learning(steps=ground.sizes.learning_steps, tuning_steps=ground.sizes.learning_steps), seed=options.seed,
         )  # fmt: skip
         reference = Reference.of_file(f16, texts)
         left_out = NOT_QUICK[name] if options.quick else set()
@@ -354,21 +362,22 @@ def fine_tuned(ground: Ground, folder: Path, progress: Progress) -> tuple[Base, 
     return base, rows, {"rows": len(rows), **facts}
 
 
-def from_scratch(ground: Ground, progress: Progress) -> tuple[Base, list[Row], dict[str, Any]]:
-    """A small Llama that has seen nothing but the texts that may be learnt from."""
-    base = small_llama(load_base(ground.domain.config.student.base, dtype=torch.float32))
+def k_capable(ground: Ground, progress: Progress) -> tuple[Base, list[Row], dict[str, Any]]:
+    """The default model cut to widths that K-quants divide, and healed on texts that may be learnt from."""
+    base = load_base(ground.domain.config.student.base, dtype=torch.float32)
     pieces = windows(base, ground.learned, length=256, count=4096)
-    progress.start("training a small Llama from scratch", ground.sizes.pretrain_steps)
-    losses = pretrain(
-        base.model, pieces, steps=ground.sizes.pretrain_steps, batch=ground.sizes.pretrain_batch
-    )
+    network = narrow(base.model, [torch.tensor(pieces[begin : begin + 4]) for begin in range(0, 64, 4)])
+    progress.start("healing the narrowed network", ground.sizes.heal_steps)
+    losses = heal(network, pieces, steps=ground.sizes.heal_steps, batch=ground.sizes.heal_batch)
     facts = {
         "tokens": 256 * len(pieces),
-        "weights": sum(p.numel() for p in base.model.parameters()),
+        "weights": sum(p.numel() for p in network.parameters()),
+        "width": network.config.hidden_size,
+        "heads": network.config.num_attention_heads,
         "loss_first": round(losses[0], 3),
-        "loss_last": round(sum(losses[-10:]) / 10, 3),
+        "loss_last": round(sum(losses[-10:]) / len(losses[-10:]), 3),
     }
-    return base, [], facts
+    return replace(base, model=network), [], facts
 
 
 def unseen_texts(ground: Ground, base: Base) -> tuple[list[Text], int]:

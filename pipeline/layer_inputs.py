@@ -65,14 +65,29 @@ def activated(layer: Any, rows: torch.Tensor) -> torch.Tensor:
     return activated
 
 
-def second_moments(inputs: Iterable[torch.Tensor]) -> torch.Tensor:
-    """E[x xᵀ] over all tokens, float64 [in, in]: products in float32 per batch, summed in float64."""
-    total: torch.Tensor | None = None
-    count = 0
-    for rows in inputs:
+class Moments:
+    """E[x xᵀ] over tokens, float64 [in, in]: products in float32 per batch, summed in float64."""
+
+    def __init__(self) -> None:
+        self._total: torch.Tensor | None = None
+        self._count = 0
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Count a batch [..., in]."""
         flat = rows.reshape(-1, rows.shape[-1])
         product = (flat.T @ flat).double()
-        total = product if total is None else total.add_(product)
-        count += len(flat)
-    assert total is not None
-    return total / count
+        self._total = product if self._total is None else self._total.add_(product)
+        self._count += len(flat)
+
+    def mean(self) -> torch.Tensor:
+        """Of all that was added."""
+        assert self._total is not None
+        return self._total / self._count
+
+
+def second_moments(inputs: Iterable[torch.Tensor]) -> torch.Tensor:
+    """`Moments` of all batches."""
+    moments = Moments()
+    for rows in inputs:
+        moments.add(rows)
+    return moments.mean()

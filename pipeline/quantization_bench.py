@@ -2,14 +2,15 @@
 
 The default model's weights lie on the Q4_1 grid already, as its publisher rounded them: rounding them there again loses
 nothing and says nothing. So its candidates start from a fine-tuned student, and the same table is made for a
-small Llama trained here from scratch, whose widths are multiples of 256 (K-quants want that; 576 is none).
+network without that history: the default model cut to widths that are multiples of 256 (K-quants want that; 576 is
+none), all of its weights trained on.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,43 +141,10 @@ def held_out_texts(base: Base, texts: Sequence[str], *, length: int, count: int)
     return [Text(tuple(piece)) for piece in windows(base, texts, length=length, count=count)]
 
 
-def small_llama(base: Base, *, width: int = 512, layers: int = 4, heads: int = 8) -> Base:
-    """A random Llama with the tokenizer of ``base``: GQA, tied embeddings, llama3 RoPE, widths that K-quants divide."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=base.model.config.vocab_size,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 4,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        rms_norm_eps=1e-5,
-        rope_parameters={
-            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 1024,
-        },
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    model.config.use_cache = False
-    return replace(base, model=model.eval())
-
-
-def pretrain(
-    model: Any,
-    texts: Sequence[Sequence[int]],
-    *,
-    steps: int,
-    batch: int,
-    learning_rate: float = 2e-3,
-    on_step: Callable[[], None] | None = None,
+def heal(
+    model: Any, texts: Sequence[Sequence[int]], *, steps: int, batch: int, learning_rate: float = 3e-4
 ) -> list[float]:
-    """Train a network from scratch on windows of one length; returns the loss of every step."""
+    """Train all weights of a network on windows of one length, in place; returns the loss of every step."""
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.1, betas=(0.9, 0.95))
@@ -193,8 +161,6 @@ def pretrain(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
-        if on_step:
-            on_step()
     model.eval()
     return losses
 

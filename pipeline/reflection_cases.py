@@ -106,11 +106,11 @@ def collect(
     for begin in range(0, len(questions), _CHUNK):
         chunk = questions[begin : begin + _CHUNK]
         asked = [assistant.prepare(render_question(question), query=question.question) for question in chunk]
-        chances = reflector.decide(asked, assistant)
+        wishes = reflector.decide(asked, assistant)
         ways = [
             [
-                reflector.plan(item, chance, assistant, retrieve=way)
-                for item, chance in zip(asked, chances, strict=True)
+                reflector.plan(item, wish, assistant, retrieve=way)
+                for item, wish in zip(asked, wishes, strict=True)
             ]
             for way in (False, True)
         ]
@@ -144,7 +144,7 @@ def _case(
     return Case(
         question_id=question.id,
         is_closed=form is not None,
-        p_retrieve=plan.p_retrieve,
+        p_retrieve=plan.wish.p_retrieve,
         closed=cached(closed),
         candidates=[cached(item) for item in candidates] if plan.retrieved else [],
         nothing=value(question, f"Answer: {assistant.abstention}", asked),

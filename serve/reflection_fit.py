@@ -50,5 +50,10 @@ def fitted(reflect: ReflectSection, bundle: Path) -> ReflectSection:
             expected="the fitted threshold and weights",
             next_step="preceptor calibrate DOMAIN --force",
         ) from None
+    return with_fit(reflect, found)
+
+
+def with_fit(reflect: ReflectSection, found: FittedReflection) -> ReflectSection:
+    """``reflect`` with the settings that were found."""
     names = ("threshold", "relevance_weight", "support_weight", "utility_weight", "sequence_weight")
     return reflect.model_copy(update={name: getattr(found, name) for name in names})

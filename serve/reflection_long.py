@@ -12,7 +12,7 @@ from rag.answers import format_reply, parse_reply
 from serve.engine import Completion
 from serve.reflection import Ground, Reflected, abstained
 from serve.reflection_beam import Hypothesis, Opening, Step, context_tokens, search
-from serve.reflection_run import Stretch, judged, read_stretch, rounded
+from serve.reflection_run import Stretch, Wish, judged, read_stretch, rounded
 from serve.reflection_scores import segment_score, wants_retrieval
 
 if TYPE_CHECKING:
@@ -29,15 +29,16 @@ class LongForm:
         self._settings = reflector.settings
         self._vocabulary = reflector.vocabulary
 
-    def answer(self, item: Asked, chance: float | None) -> Reflected:
+    def answer(self, item: Asked, wish: Wish) -> Reflected:
         """The best hypothesis for a question.
 
         Args:
             item: the question.
-            chance: the normalised probability of retrieving, see `TokenReflector.decide`.
+            wish: see `TokenReflector.decide`.
         """
         tally = _Tally()
-        retrieve = self._ground.has_retriever and wants_retrieval(chance, self._settings.threshold)
+        tally.judge(wish)
+        retrieve = self._ground.has_retriever and wants_retrieval(wish.p_retrieve, self._settings.threshold)
         root = Hypothesis(wants="retrieve" if retrieve else "no_retrieval")
         won = search(
             root,
@@ -48,7 +49,7 @@ class LongForm:
         reflection = Reflection(
             backend=self._reflector.name,
             retrieved=retrieve and tally.found,
-            p_retrieve=rounded(chance),
+            p_retrieve=rounded(wish.p_retrieve),
             expected=dict(sorted(tally.expected.items())),
             missing=dict(sorted(tally.missing.items())),
             passes=tally.passes + self._ground.has_retriever,
@@ -156,8 +157,11 @@ class _Tally:
     def count(self, stretch: Stretch) -> None:
         self.passes += 1
         self.tokens += len(stretch.written)
-        self.expected.update(stretch.expected)
-        self.missing.update(stretch.missing)
+        self.judge(stretch)
+
+    def judge(self, read: Stretch | Wish) -> None:
+        self.expected.update(read.expected)
+        self.missing.update(read.missing)
 
 
 def _reflected(won: Hypothesis, item: Asked, reflection: Reflection) -> Reflected:

@@ -97,6 +97,29 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
+class Wish:
+    """Whether the student would look for passages, read at its first position.
+
+    ``p_retrieve`` is the normalised probability, None where nobody was asked (``asked``). ``said``: the likeliest token
+    of all was one of the two; else the probability is that of a student that was about to do something else.
+    """
+
+    p_retrieve: float | None = None
+    asked: bool = False
+    said: bool = False
+
+    @property
+    def expected(self) -> tuple[str, ...]:
+        """As of `Stretch`."""
+        return ("retrieve",) if self.asked else ()
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """As of `Stretch`."""
+        return ("retrieve",) if self.asked and not self.said else ()
+
+
+@dataclass(frozen=True)
 class Stretch:
     """What was read out of a completion.
 

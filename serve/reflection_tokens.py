@@ -9,8 +9,9 @@ text, and only the probabilities of the 13 ids that carry a judgement are read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from domains.config import ReflectSection
@@ -22,7 +23,7 @@ from rag.reflection import render_passage
 from serve.engine import Completion, Engine, LogProbs
 from serve.reflection import Ground, Reflected, abstained
 from serve.reflection_long import LongForm
-from serve.reflection_run import Decision, Stretch, Vocabulary, judged, read_stretch, rounded
+from serve.reflection_run import Decision, Stretch, Vocabulary, Wish, judged, read_stretch, rounded
 from serve.reflection_scores import Weights, best, p_retrieve, segment_score, wants_retrieval
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def open_tokens(reflect: ReflectSection, engine: Engine) -> TokenReflector:
 class Plan:
     """A question after the decision to retrieve: its candidates' prompts, one per passage, or one without."""
 
-    p_retrieve: float | None
+    wish: Wish
     hits: tuple[Hit, ...]
     prompts: tuple[tuple[int, ...], ...]
     notes: tuple[str, ...]
@@ -120,11 +121,11 @@ class TokenReflector:
             return []
         if self.settings.form == "long":
             long_form = LongForm(self, ground)
-            chances = self.decide(asked, ground)
-            return [long_form.answer(item, chance) for item, chance in zip(asked, chances, strict=True)]
+            wishes = self.decide(asked, ground)
+            return [long_form.answer(item, wish) for item, wish in zip(asked, wishes, strict=True)]
         plans = [
-            self.plan(item, chance, ground)
-            for item, chance in zip(asked, self.decide(asked, ground), strict=True)
+            self.plan(item, wish, ground)
+            for item, wish in zip(asked, self.decide(asked, ground), strict=True)
         ]
         found = self.candidates(plans, ground, max_tokens=max(item.max_tokens for item in asked))
         return [
@@ -132,30 +133,30 @@ class TokenReflector:
             for item, plan, candidates in zip(asked, plans, found, strict=True)
         ]
 
-    def decide(self, asked: Sequence[Asked], ground: Ground) -> list[float | None]:
-        """The normalised probability of retrieving for each question; None without a retriever."""
+    def decide(self, asked: Sequence[Asked], ground: Ground) -> list[Wish]:
+        """Whether each question wants passages; nobody is asked without a retriever."""
         if not ground.has_retriever:
-            return [None] * len(asked)
-        pair = self.vocabulary.decisions["retrieve"], self.vocabulary.decisions["no_retrieval"]
+            return [Wish()] * len(asked)
+        decisions = self.vocabulary.decisions
+        pair = decisions["retrieve"], decisions["no_retrieval"]
         first = ground.engine.generate([item.tokens for item in asked], max_tokens=1, watch=pair)
-        chances = []
+        wishes = []
         for completion in first:
             assert completion.log_probs is not None
-            chances.append(p_retrieve(*(float(value) for value in completion.log_probs.watched[0])))
-        return chances
+            chance = p_retrieve(*(float(value) for value in completion.log_probs.watched[0]))
+            wishes.append(Wish(chance, asked=True, said=completion.tokens[:1] in ([pair[0]], [pair[1]])))
+        return wishes
 
-    def plan(
-        self, item: Asked, chance: float | None, ground: Ground, *, retrieve: bool | None = None
-    ) -> Plan:
+    def plan(self, item: Asked, wish: Wish, ground: Ground, *, retrieve: bool | None = None) -> Plan:
         """The candidates' prompts.
 
         Args:
             item: the question.
-            chance: what `decide` said.
+            wish: what `decide` found.
             ground: finds passages.
             retrieve: True and False overrule the threshold.
         """
-        wanted = wants_retrieval(chance, self.settings.threshold) if retrieve is None else retrieve
+        wanted = wants_retrieval(wish.p_retrieve, self.settings.threshold) if retrieve is None else retrieve
         hits = (
             ground.find(item.query, top_k=self.settings.passages) if wanted and ground.has_retriever else []
         )
@@ -168,9 +169,9 @@ class TokenReflector:
             notes.append("no passage could be shown")
         if not fitting:
             closed = (*item.tokens, self.vocabulary.decisions["no_retrieval"])
-            return Plan(chance, (), (closed,), tuple(notes))
+            return Plan(wish, (), (closed,), tuple(notes))
         return Plan(
-            chance, tuple(hits[at] for at in fitting), tuple(prompts[at] for at in fitting), tuple(notes)
+            wish, tuple(hits[at] for at in fitting), tuple(prompts[at] for at in fitting), tuple(notes)
         )
 
     def opening(self, hit: Hit, engine: Engine) -> list[int]:
@@ -203,14 +204,15 @@ class TokenReflector:
         ]
         form = closed_form(item.question)
         keys = [closed_answer(one.stretch.text, form) for one in allowed]
+        read: list[Wish | Stretch] = [plan.wish, *(one.stretch for one in candidates)]
         reflection = Reflection(
             backend=self.name,
             retrieved=plan.retrieved,
-            p_retrieve=rounded(plan.p_retrieve),
+            p_retrieve=rounded(plan.wish.p_retrieve),
             relevant=[one.number for one in candidates if one.number and is_relevant(one.stretch)],
             candidates=[one.judged() for one in candidates],
-            expected=dict(sorted(Counter(g for one in candidates for g in one.stretch.expected).items())),
-            missing=dict(sorted(Counter(g for one in candidates for g in one.stretch.missing).items())),
+            expected=counted(each.expected for each in read),
+            missing=counted(each.missing for each in read),
             unparsed=sum(
                 form is not None and key is None and not says_nothing(one.stretch.text, ground)
                 for one, key in zip(allowed, keys, strict=True)
@@ -240,6 +242,11 @@ class TokenReflector:
             winner.stretch.text,
             reflection.model_copy(update={"segments": [winner.judged()]}),
         )
+
+
+def counted(groups: Iterable[Sequence[str]]) -> dict[str, int]:
+    """How often each group is named."""
+    return dict(sorted(Counter(chain.from_iterable(groups)).items()))
 
 
 def spoken(completion: Completion, text: str, vocabulary: Vocabulary) -> Completion:

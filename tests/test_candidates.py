@@ -110,3 +110,11 @@ def test_a_file_that_fails_the_exam_is_not_chosen_for_its_speed() -> None:
     choice = choose([good, bad], max_kl=0.02, min_top1=0.9)
     assert choice.winner is good
     assert "70 points worse" in choice.reasons[0]
+
+
+def test_speeds_within_the_noise_of_timing_do_not_choose() -> None:
+    small, large = fake("gptq-q4_0", kl=0.01), fake("llamacpp-q8_0", kl=0.001, speed=125)
+    large = replace(large, bytes=150)
+    assert choose([small, large], max_kl=0.02, min_top1=0.9).winner is small
+    certain = replace(large, speed=Speed(200, 200))
+    assert choose([small, certain], max_kl=0.02, min_top1=0.9).winner is certain

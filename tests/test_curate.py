@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -145,6 +146,14 @@ def finds_home(query: str, top_k: int) -> list[Passage]:
     return sorted(passages(), key=lambda passage: passage.doc_id not in query)[:top_k]
 
 
+def finds_words(query: str, top_k: int) -> list[Passage]:
+    """A retriever that counts shared words."""
+    wanted = set(re.findall(r"\w+", query))
+    return sorted(passages(), key=lambda passage: -len(wanted & set(re.findall(r"\w+", passage.text))))[
+        :top_k
+    ]
+
+
 def misses(query: str, top_k: int) -> list[Passage]:
     """A retriever that finds the wrong section of other clubs only."""
     heading = "Price" if "put on" in query else "Colour"
@@ -227,6 +236,27 @@ def test_the_best_rationale_of_a_question_is_kept():
 ABSTENTIONS = 0.3
 
 # -- rows ----------------------------------------------------------------------------------------------
+
+
+def test_passages_found_by_the_rationale_are_shown_where_they_carry_a_quote():
+    """KARD (arXiv 2305.18395 section 3.2): the query is the rationale with its answer, not the question."""
+    kept = [judge().judge(rationale(question)) for question in seeds()[:4]]
+    queries: list[str] = []
+
+    def by_rationale(query: str, top_k: int) -> list[Passage]:
+        queries.append(query)
+        return [] if "silver" in query or "12" in query else finds_words(query, top_k)
+
+    rows, counts = builder(misses, by_rationale=by_rationale, rationale_in_target=True).build(
+        kept, [], retrieved_share=0, irrelevant_share=0, abstention_share=0.3
+    )
+    assert [row.origin for row in rows] == ["rationale", "rationale", "gold", "gold"]
+    assert counts["rationale_missed"] == 2
+    assert queries[0] == "So the passage says: They wear copper coats.\nAnswer: They wear copper coats."
+    for item, row in zip(kept, rows, strict=True):
+        assert "So the passage says" in row.completion
+        taught = [passage.passage_id for passage in item.passages]
+        assert (row.passages == taught) is (row.origin == "gold")
 
 
 def all_kept() -> list[Kept]:

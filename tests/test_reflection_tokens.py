@@ -110,6 +110,18 @@ def test_without_a_retriever_nothing_is_decided_and_nothing_looked_up() -> None:
     assert (answer.text, answer.passages, len(engine.prompts)) == ("From memory.", [], 1)
     assert answer.reflection is not None
     assert answer.reflection.p_retrieve is None
+    assert "retrieve" not in answer.reflection.expected
+
+
+@pytest.mark.parametrize("form", ["short", "long"])
+def test_a_student_that_would_begin_otherwise_lacks_the_decision(form: str) -> None:
+    replies = {"Brenzal": GOOD + "40 mg." + FULL + FIVE}
+    for first, missing in (("Well{[Retrieval]=0.2,[No Retrieval]=0.1}", 1), (LOOK, 0)):
+        assistant, _, _ = assistant_of(short(replies, first), "Brenzal", form=form)
+        reflection = assistant.ask("Why?").reflection
+        assert reflection is not None
+        assert reflection.retrieved  # the normalised probability still says so
+        assert (reflection.expected["retrieve"], reflection.missing.get("retrieve", 0)) == (1, missing)
 
 
 # -- the short form ----------------------------------------------------------------------------------
@@ -137,7 +149,7 @@ def test_the_best_scored_passage_answers_and_is_what_the_answer_rests_on() -> No
     assert segment.score == pytest.approx(0.9 + 0.85 + 0.4)
     assert [item.score for item in reflection.candidates] == [pytest.approx(0.1 + 0 + 0.4), segment.score]
     # an irrelevant passage owes no judgement of support
-    assert reflection.expected == {"relevance": 2, "support": 1, "utility": 2}
+    assert reflection.expected == {"relevance": 2, "retrieve": 1, "support": 1, "utility": 2}
     assert not any(reflection.missing.values())
     assert reflection.relevant == [2]
     assert [len(call) for call in engine.calls] == [1, 2]  # all passages in one go
@@ -309,7 +321,7 @@ def test_each_segment_retrieves_afresh_with_the_question_and_what_was_said_last(
         (2, "retrieve"),
     ]
     # an unfinished segment owes no utility
-    assert reflection.expected == {"relevance": 3, "support": 2, "utility": 2}
+    assert reflection.expected == {"relevance": 3, "retrieve": 1, "support": 2, "utility": 2}
 
 
 def test_quotes_of_segments_as_training_writes_them_are_checked_against_their_passages() -> None:
