@@ -188,9 +188,12 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
         variants: dict[str, dict[str, Any]] = {
             name: {"reflect": reflecting(domain, name)} for name in BACKENDS
         }
-        variants["kard_abstaining"] = {
-            "curate": config.curate.model_copy(update={"evidence": "rationale", "rationale_in_target": True})
-        }
+        if not options.quick:
+            variants["kard_abstaining"] = {
+                "curate": config.curate.model_copy(
+                    update={"evidence": "rationale", "rationale_in_target": True}
+                )
+            }
         varied: dict[str, list[Example]] = {}
         for name, sections in variants.items():
             rows = varied[name] = varied_rows(domain, work, name, progress, sections)
@@ -207,7 +210,6 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
             "kard": ablation.Asking(students["kard"], hybrid),
             "kard_reranked": ablation.Asking(students["kard"], reranked),
             "kard_oracle": ablation.Asking(students["kard"], oracle),
-            "kard_abstaining": ablation.Asking(students["kard_abstaining"], hybrid),
             "quotes": ablation.Asking(students["quotes"], hybrid),
             "quotes_reranked": ablation.Asking(students["quotes"], reranked),
             "grader": ablation.Asking(students["quotes"], hybrid, reflect=reflecting(domain, "grader")),
@@ -219,6 +221,7 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
         if not options.quick:
             learnt = fitted_to(domain, students["tokens"], hybrid, varied["tokens"], progress)
             long = reflecting(domain, "tokens").model_copy(update={"form": "long"})
+            arms["kard_abstaining"] = ablation.Asking(students["kard_abstaining"], hybrid)
             arms["kard_voted"] = ablation.Asking(students["kard"], hybrid, votes=Votes(VOTES))
             arms["tokens_fitted"] = ablation.Asking(students["tokens"], hybrid, reflect=learnt)
             arms["tokens_long"] = ablation.Asking(students["tokens"], hybrid, reflect=long)
