@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,31 +17,16 @@ from numpy.typing import NDArray
 from domains.records import Critique, Passage
 from domains.words import numbers
 from pipeline.critic import Ask, Critic, evidence_text
+from pipeline.logistic import Fit, Floats, fit_labels
 from pipeline.wording import content_words
 from rag.citations import find_support
 from rag.prompt import render_question
 from rag.words import sentence_spans
 
-Floats = NDArray[np.float64]
 # Texts -> unit vectors, one row each.
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
-_RIDGE, _STEPS, _RATE = 1e-2, 600, 0.5
 _FLOORS = (0.3, 0.45, 0.6, 0.8)
 LEAST = 20  # labels of a task; fewer say too little
-
-
-@dataclass(frozen=True)
-class Fit:
-    """One task's model. ``weights`` [1 + features, labels]; features are centred by ``mean``, scaled by ``scale``."""
-
-    labels: tuple[str, ...]
-    mean: Floats
-    scale: Floats
-    weights: Floats
-
-    def probabilities(self, rows: Floats) -> Floats:
-        """[rows, labels], from features [rows, features]."""
-        return _softmax(_with_one((rows - self.mean) / self.scale) @ self.weights)
 
 
 class TrainedCritic:
@@ -93,26 +77,6 @@ def train_critic(
     return TrainedCritic(fits, embed, teacher=teacher)
 
 
-def fit_labels(rows: Floats, labels: Sequence[str]) -> Fit:
-    """Multinomial logistic regression with a ridge; the classes weigh as often as they occur.
-
-    Args:
-        rows: [examples, features].
-        labels: one each.
-    """
-    names = tuple(sorted(set(labels)))
-    mean, scale = rows.mean(axis=0), rows.std(axis=0)
-    scale = np.where(scale > 1e-9, scale, 1.0)
-    x = _with_one((rows - mean) / scale)
-    wanted = np.array([[label == name for name in names] for label in labels], dtype=np.float64)
-    weights = np.zeros((x.shape[1], len(names)))
-    ridge = np.full((x.shape[1], 1), _RIDGE)
-    ridge[0] = 0.0
-    for _ in range(_STEPS):
-        weights -= _RATE * (x.T @ (_softmax(x @ weights) - wanted) / len(x) + ridge * weights)
-    return Fit(names, mean, scale, weights)
-
-
 def features(asks: Sequence[Ask], embed: Embed | None) -> Floats:
     """[asks, features]: overlaps of output, question and passage; three cosines more with an embedder."""
     rows = np.array([_overlaps(ask) for ask in asks], dtype=np.float64).reshape(len(asks), -1)
@@ -160,16 +124,6 @@ def _supported(output: str, passage: Passage | None) -> list[float]:
 
 def _share(wanted: set[str], found: set[str]) -> float:
     return len(wanted & found) / len(wanted) if wanted else 0.0
-
-
-def _with_one(rows: Floats) -> Floats:
-    return np.concatenate([np.ones((len(rows), 1)), rows], axis=1)
-
-
-def _softmax(scores: Floats) -> Floats:
-    shifted = np.exp(scores - scores.max(axis=1, keepdims=True))
-    result: Floats = shifted / shifted.sum(axis=1, keepdims=True)
-    return result
 
 
 class SampledCritic:

@@ -173,7 +173,7 @@ STAGES = (
         code=(
             "pipeline.curate", "pipeline.questions", "pipeline.judge", "pipeline.verify", "pipeline.verify_model", "serve.engine", "serve.llama", "serve.llama_model", "pipeline.rows", "pipeline.decontaminate",
             "pipeline.reflect_ground", "pipeline.reflect_rows", "pipeline.verdict_rows", "pipeline.augment", "pipeline.critic", "pipeline.critics", "pipeline.critic_rules",
-            "pipeline.critic_prompts", "pipeline.critic_teacher", "pipeline.critic_trained", "pipeline.asking",
+            "pipeline.critic_prompts", "pipeline.critic_teacher", "pipeline.critic_trained", "pipeline.logistic", "pipeline.asking",
             "pipeline.ledger", "pipeline.teacher", "pipeline.teacher_endpoint", "pipeline.teacher_local",
             "rag.reflection", "rag.verdicts",
             "pipeline.near_duplicates", "pipeline.wording", "domains.words", "domains.checks", "rag.citations",
