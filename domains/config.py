@@ -15,7 +15,7 @@ from domains.routes import Grid, Method, complete_export, complete_train, contra
 from domains.steps import STEPS, JudgeOptions, LabelStep, Step
 
 GgufType = Literal["F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K_M"]
-OptionsBy = Literal["student", "evidence"]
+AnswersBy = Literal["student", "evidence"]
 Rounding = Literal["rtn", "mse", "gptq", "r2-gptq", "r1r2-gptq", "learned-gptq", "tuned-gptq"]
 KvCache = Literal["f16", "q8_0", "q4_0"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -335,6 +335,10 @@ class ServeSection(Record):
     ``options``: who answers questions with lettered options, the ``student``, or the ``evidence``: the option whose
     words, put into the question, find the best passage (the student where ``max_wrong`` sets a bound: what is picked has
     no confidence; and in the exam, which compares students).
+    ``yes_no``: the same for questions that end in "Answer yes, no or maybe." on a line of its own; the ``evidence`` is what
+    the document that is found first denies and affirms. The calibrate stage fits the weights of its cues to the seed
+    questions of this kind (at least 50, about at least 10 documents) and keeps them only where they are certainly better
+    than always giving the commonest answer; without them the student answers.
     """
 
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
@@ -344,7 +348,8 @@ class ServeSection(Record):
     max_wrong: Share = 0.0
     kv_cache: KvCache = "f16"
     votes: Annotated[int, Field(ge=1, le=64)] = 1
-    options: OptionsBy = "student"
+    options: AnswersBy = "student"
+    yes_no: AnswersBy = "student"
     vote_temperature: Annotated[float, Field(gt=0, le=2)] = 0.7
 
 

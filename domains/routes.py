@@ -77,6 +77,11 @@ def contradictions(config: DomainConfig) -> list[str]:
             f"export.rounding = {config.export.rounding!r}: made for the grids {', '.join(_BLOCKS)}, not for "
             f'serve = {config.export.serve!r}; write one of these in serve, or rounding = "llama.cpp"'
         )
+    if config.serve.yes_no == "evidence" and not config.calibrate.enabled:
+        found.append(
+            "serve.yes_no = 'evidence': fitted by the calibrate stage, which [calibrate] enabled = false leaves out; "
+            'write enabled = true, or yes_no = "student"'
+        )
     if train.method in _INSIDE and train.dropout:
         found.append(
             f"train.dropout = {train.dropout}: the adapter of method = {train.method!r} lies inside the weight, where "

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
-from domains.config import KvCache, OptionsBy, ReflectSection
+from domains.config import AnswersBy, KvCache, ReflectSection
 from domains.errors import ContextOverflow, DataError
 from domains.jsonl import read_jsonl, write_jsonl
 from domains.records import Answer, Hit, Question, Record
@@ -54,9 +54,11 @@ _CODE = (
     "serve.llama_model",
     "serve.options",
     "serve.vote",
+    "serve.yes_no",
     "rag.answers",
     "rag.citations",
     "rag.options",
+    "rag.polarity",
     "rag.prompt",
     "rag.sentences",
     "rag.untrusted",
@@ -78,8 +80,8 @@ class Arm:
 class Conditions:
     """What is the same for all arms, see `serve.assistant.Assistant`. ``context`` is in tokens.
 
-    ``reflect`` counts for the arms that reflect. ``options`` stays with the student: models are compared, and evidence
-    would answer for all of them alike (its own accuracy stands in docs/results.md).
+    ``reflect`` counts for the arms that reflect. ``options`` and yes/no questions stay with the student: models are compared, and
+    evidence would answer for all of them alike (its own accuracy stands in docs/results.md).
     """
 
     system: str
@@ -89,7 +91,7 @@ class Conditions:
     context: int
     reflect: ReflectSection = field(default_factory=ReflectSection)
     votes: Votes = GREEDY
-    options: OptionsBy = "student"
+    options: AnswersBy = "student"
     kv_cache: KvCache = "f16"
 
     @property

@@ -9,6 +9,7 @@ NOTICE                   licences and attributions that must travel with the mod
 parity.json              the parity gate's numbers
 calibration.json         how sure an answer is (written by the calibrate stage)
 reflection.json          fitted threshold and weights of the tokens back-end (written by the calibrate stage)
+yes_no.json              fitted weights of the cues that answer yes/no questions (written by the calibrate stage)
 manifest.json            hashes, versions, provenance, ready or not; written last
 """
 
@@ -28,6 +29,7 @@ from domains.jsonl import write_text_atomic
 from serve.manifest import (
     CALIBRATION,
     FITTED_REFLECTION,
+    FITTED_YES_NO,
     MANIFEST,
     BaseModelFacts,
     BundleFile,
@@ -65,7 +67,8 @@ def open_bundle(bundle: Path, *, keep: Sequence[str]) -> None:
         keep: the students' file names that are about to be written; the old ones stay until then.
     """
     bundle.mkdir(parents=True, exist_ok=True)
-    for name in (MANIFEST, "parity.json", CALIBRATION, FITTED_REFLECTION, "report.json", "report.html"):
+    fitted = (CALIBRATION, FITTED_REFLECTION, FITTED_YES_NO)
+    for name in (MANIFEST, "parity.json", *fitted, "report.json", "report.html"):
         (bundle / name).unlink(missing_ok=True)
     for path in [*bundle.glob("student*.gguf"), bundle / ADAPTER]:
         if path.name not in keep:
@@ -144,6 +147,15 @@ def note_files(bundle: Path, names: Sequence[str]) -> None:
     manifest = read_manifest(bundle)
     files = dict(sorted({**manifest.files, **entries}.items()))
     write_manifest(bundle, manifest.model_copy(update={"files": files}))
+
+
+def drop_file(bundle: Path, name: str) -> None:
+    """Take a file that a later stage added out of a bundle, first out of its manifest."""
+    if (bundle / MANIFEST).is_file():
+        manifest = read_manifest(bundle)
+        files = {each: entry for each, entry in manifest.files.items() if each != name}
+        write_manifest(bundle, manifest.model_copy(update={"files": files}))
+    (bundle / name).unlink(missing_ok=True)
 
 
 def licence_notices(base: BaseModelFacts, *, domain_licence: str) -> list[str]:

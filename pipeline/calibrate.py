@@ -2,7 +2,9 @@
 
 reads    the domain's questions, train.jsonl, the index, bundle/student.gguf
 writes   calibration.jsonl (every development answer with its signals), bundle/calibration.json;
-         with reflection tokens also reflection.jsonl (what there was to choose from) and bundle/reflection.json
+         with reflection tokens also reflection.jsonl (what there was to choose from) and bundle/reflection.json;
+         with ``[serve] yes_no = "evidence"`` also yes_no.json (what came of the fit) and, where it helps,
+         bundle/yes_no.json
 counts   asked = answered + abstained + too_long; answered = right + wrong
          asked = answerable + gold_removed + unanswerable = unseen + trained_on
 
@@ -16,21 +18,23 @@ from collections import Counter
 from collections.abc import Sequence, Set
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 from domains.config import ReflectSection
 from domains.domain import Domain
 from domains.jsonl import read_jsonl, write_jsonl, write_text_atomic
-from domains.records import Example
-from pipeline.bundle import adapter_of, note_files
+from domains.records import Example, Question
+from pipeline.bundle import adapter_of, drop_file, note_files
 from pipeline.development import PARALLEL, Row, ask_items, draw_items, judge_items, seed_questions
 from pipeline.fit import calibrate
 from pipeline.fit_reflection import fit_student
+from pipeline.fit_yes_no import fit_yes_no
 from pipeline.progress import Progress
 from pipeline.run_folder import Report, Run, need
-from serve.assistant import Assistant
+from serve.assistant import Assistant, Retrieves
 from serve.confidence import Calibration, describe_choice
 from serve.engine import Engine
-from serve.manifest import CALIBRATION, FITTED_REFLECTION
+from serve.manifest import CALIBRATION, FITTED_REFLECTION, FITTED_YES_NO
 from serve.models import sha256_file
 from serve.reflection import open_reflector
 from serve.reflection_fit import fitted
@@ -57,6 +61,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
     if adapter:
         sources[adapter.name] = sha256_file(adapter)
     if not config.calibrate.enabled:
+        drop_file(run.bundle, FITTED_YES_NO)
         _write(run.bundle, Calibration(reason="[calibrate] enabled is false", sources=sources))
         return Report(counts={"asked": 0})
     seen = {example.question_id for example in read_jsonl(need(run.examples, stage="curate"), Example)}
@@ -70,6 +75,9 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
             top_k=config.retrieve.top_k,
             seed=config.calibrate.seed,
         )
+        yes_no = _fit_yes_no(domain, run, questions, retriever, progress)
+    if (run.bundle / FITTED_YES_NO).is_file():
+        sources[FITTED_YES_NO] = sha256_file(run.bundle / FITTED_YES_NO)
     with ExitStack() as stack:
         engine = stack.enter_context(
             Engine(
@@ -103,7 +111,32 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
     write_jsonl(run.calibration, rows)
     _write(run.bundle, calibration)
     _tell(calibration, config.serve.max_wrong, progress)
-    return Report(counts=_counts(rows), facts=dict(calibration.facts))
+    return Report(counts=_counts(rows), facts={**calibration.facts, **yes_no})
+
+
+def _fit_yes_no(
+    domain: Domain, run: Run, questions: Sequence[Question], retriever: Retrieves, progress: Progress
+) -> dict[str, Any]:
+    """Fit and store what serving answers yes/no questions with, where ``[serve]`` wants it; the facts as ``yes_no``."""
+    config = domain.config
+    if config.serve.yes_no != "evidence":
+        drop_file(run.bundle, FITTED_YES_NO)
+        run.yes_no_fit.unlink(missing_ok=True)
+        return {}
+    found = fit_yes_no(
+        questions,
+        lambda query, count: retriever.retrieve(query, top_k=count),
+        folds=config.calibrate.folds,
+        seed=config.calibrate.seed,
+        progress=progress,
+    )
+    write_text_atomic(run.yes_no_fit, json.dumps(found.facts, indent=1) + "\n")
+    if found.model is not None and not found.reason:
+        write_text_atomic(run.bundle / FITTED_YES_NO, found.model.model_dump_json(indent=1) + "\n")
+        note_files(run.bundle, [FITTED_YES_NO])
+    else:
+        drop_file(run.bundle, FITTED_YES_NO)
+    return {"yes_no": found.facts}
 
 
 def _fit_reflection(

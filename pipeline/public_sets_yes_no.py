@@ -11,19 +11,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from domains.records import Passage
 from pipeline.bootstrap import paired_difference
-from pipeline.critic_trained import fit_labels
+from pipeline.fit_yes_no import FOLDS, REPEATS, out_of_fold, predict
+from pipeline.logistic import Floats
 from pipeline.progress import Progress
 from pipeline.public_sets import RESAMPLES, Read, accuracy, drawn
 from pipeline.verify_model import passage_gains
 from rag.polarity import polarity
 from serve.engine import Engine
 
-Floats = NDArray[np.float64]
-FOLDS, REPEATS = 5, 5
 LEAST = 200  # questions that the model scored, for a fit to its scores
 WORDS = ("yes", "no", "maybe")
 
@@ -88,24 +86,6 @@ def table(reads: Sequence[Read]) -> Floats:
     return np.array([polarity(read.question.question, read.text) for read in reads], dtype=np.float64)
 
 
-def predict(rows: Floats, learn: Floats, labels: Sequence[str]) -> list[str]:
-    """The likeliest label of each row, after a fit to ``learn`` and its ``labels``."""
-    fit = fit_labels(learn, labels)
-    return [fit.labels[i] for i in fit.probabilities(rows).argmax(axis=1)]
-
-
-def out_of_fold(rows: Floats, labels: Sequence[str], *, seed: int, folds: int = FOLDS) -> list[str]:
-    """The likeliest label of each row by a fit to the other folds."""
-    fold = np.random.default_rng(seed).permutation(len(rows)) % folds
-    said = [""] * len(rows)
-    for number in range(folds):
-        out, rest = ([int(i) for i in np.flatnonzero(hit)] for hit in (fold == number, fold != number))
-        found = predict(rows[out], rows[rest], [labels[i] for i in rest])
-        for i, label in zip(out, found, strict=True):
-            said[i] = label
-    return said
-
-
 def gains_of(reads: Sequence[Read], engine: Engine, progress: Progress, *, system: str = "") -> Floats:
     """What yes, no and maybe gain in log-probability from each text, [questions, 3]."""
     progress.start("yes/no: what each answer gains from the text", len(reads))
@@ -139,10 +119,11 @@ def _by_model(
 
 def _right(cues: Floats, gold: Sequence[str], learn: Sequence[Read], seed: int) -> list[float]:
     """How often each is right: once after a fit to ``learn``, else in repeated draws of the folds."""
+    each = [str(i) for i in range(len(gold))]
     tries = (
         [predict(cues, table(learn), [read.question.answer or "" for read in learn])]
         if learn
-        else [out_of_fold(cues, gold, seed=seed + i) for i in range(REPEATS)]
+        else [out_of_fold(cues, gold, each, seed=seed + i) for i in range(REPEATS)]
     )
     return [float(np.mean([said[i] == label for said in tries])) for i, label in enumerate(gold)]
 

@@ -13,6 +13,7 @@ runs/<domain>/<name>/
     export/                      merged student in F16, importance matrix
     calibration.jsonl            development answers with their signals
     reflection.json, .jsonl      fitted threshold and weights, and the answers they choose from (backend "tokens")
+    yes_no.json                  how far the cues of the documents answer yes/no questions (yes_no = "evidence")
     exam/                        every answer of every arm
     bundle/                      what is served: GGUF files, index, domain.toml, prompts, reports
 """
@@ -128,6 +129,11 @@ class Run:
     def reflection_fit(self) -> Path:
         """What the fit of the reflecting student's threshold and weights found, with its reliability."""
         return self.folder / "reflection.json"
+
+    @property
+    def yes_no_fit(self) -> Path:
+        """What the fit of yes/no answers to the documents' cues found, kept or not."""
+        return self.folder / "yes_no.json"
 
     @property
     def calibration(self) -> Path:

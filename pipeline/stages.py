@@ -230,9 +230,10 @@ STAGES = (
         sections=("domain", "student", "retrieve", "rerank", "reflect", "calibrate", "serve"),
         prompts=("system",),
         code=(
-            "pipeline.calibrate", "pipeline.fit_reflection", "pipeline.reflection_cases", "pipeline.metrics", "pipeline.development", "pipeline.fit", "pipeline.right", "pipeline.selective",
+            "pipeline.calibrate", "pipeline.fit_reflection", "pipeline.fit_yes_no", "pipeline.logistic", "pipeline.reflection_cases", "pipeline.metrics", "pipeline.development", "pipeline.fit", "pipeline.right", "pipeline.selective",
             "pipeline.bootstrap", "pipeline.bundle", "pipeline.wording", "serve.assistant", "serve.checking",
-            "serve.confidence", "serve.signals", "serve.options", "rag.options", "serve.vote", "rag.sentences",
+            "serve.confidence", "serve.signals", "serve.options", "rag.options", "serve.yes_no", "rag.polarity",
+            "serve.vote", "rag.sentences",
             *REFLECTION, "serve.reflection_fit", "rag.reflection", "rag.verdicts",
             "serve.engine", "serve.llama", "serve.llama_model", "domains.words", "rag.citations", "rag.prompt", "rag.untrusted", "rag.answers", *RETRIEVAL,
         ),
@@ -248,7 +249,7 @@ STAGES = (
             "pipeline.exam", "pipeline.arms", "pipeline.metrics", "pipeline.bootstrap", "pipeline.summary",
             "pipeline.verdict", "pipeline.report", "pipeline.plots", "pipeline.base_gguf", "pipeline.token_rows", "pipeline.reflection_report",
             "pipeline.bundle", "pipeline.right", "pipeline.selective", "pipeline.selective_report", "pipeline.wording",
-            "serve.assistant", "serve.checking", "serve.confidence", "serve.signals", "serve.options", "rag.options", "serve.vote", "rag.sentences", *REFLECTION, "serve.reflection_fit", "rag.reflection", "rag.verdicts",
+            "serve.assistant", "serve.checking", "serve.confidence", "serve.signals", "serve.options", "rag.options", "serve.yes_no", "rag.polarity", "serve.vote", "rag.sentences", *REFLECTION, "serve.reflection_fit", "rag.reflection", "rag.verdicts",
             "serve.engine", "serve.llama", "serve.llama_model", "domains.words", "rag.citations", "rag.prompt", "rag.untrusted", "rag.answers", *RETRIEVAL,
         ),
     ),
@@ -274,7 +275,7 @@ def paths_of(what: str, domain: Domain, run: Run) -> list[Path]:
         "merged": [run.export / "student-F16.gguf"],
         "served": [run.bundle / "student.gguf", adapter_of(run.bundle / "student.gguf")],
         "manifest": [run.bundle / "manifest.json"],
-        "calibration": [run.bundle / CALIBRATION],  # names the hash of reflection.json
+        "calibration": [run.bundle / CALIBRATION],  # names the hashes of reflection.json and yes_no.json
         "report": [run.bundle / "report.json", run.bundle / "report.html"],
     }
     return [path for path in named[what] if path is not None]

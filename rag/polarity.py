@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rag.words import index_terms, sentence_spans
 
@@ -57,8 +58,7 @@ def polarity(question: str, text: str) -> list[float]:
         text: the evidence.
     """
     sentences = [text[start:end] for start, end in sentence_spans(text)] or [""]
-    wanted = set(index_terms(question))
-    near = np.array([len(wanted & set(index_terms(each))) / max(1, len(wanted)) for each in sentences])
+    near = nearness(question, sentences)
     weight = near / near.sum() if near.sum() > 0 else np.full(len(sentences), 1 / len(sentences))
     denied, negative, significant, affirmed = (
         np.array([len(cue.findall(each)) for each in sentences], dtype=np.float64)
@@ -76,6 +76,20 @@ def polarity(question: str, text: str) -> list[float]:
         math.log1p(affirmed.sum()), weighed(affirmed), math.log1p(below), math.log1p(above),
         float(near.max()), math.log1p(len(sentences)), float(bool(_EQUALITY.search(question))),
     ]  # fmt: skip
+
+
+def nearness(question: str, sentences: Sequence[str]) -> NDArray[np.float64]:
+    """The share of the question's words that each sentence has, [sentences], in [0, 1]; stop words do not count."""
+    wanted = set(index_terms(question))
+    shares = [len(wanted & set(index_terms(each))) / max(1, len(wanted)) for each in sentences]
+    return np.array(shares, dtype=np.float64)
+
+
+def speaks_for(answer: str, sentence: str) -> bool:
+    """Whether a sentence has a cue of its own for ``yes`` or for ``no``; for "maybe", of either."""
+    denies = bool(_DENIED.search(sentence) or _NEGATIVE.search(sentence))
+    affirms = bool(_SIGNIFICANT.search(sentence) or _AFFIRMED.search(sentence)) and not denies
+    return {"yes": affirms, "no": denies}.get(answer, affirms or denies)
 
 
 def _p_values(text: str) -> tuple[int, int]:

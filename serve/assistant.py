@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from domains.config import OnUnsupported, OptionsBy
+from domains.config import AnswersBy, OnUnsupported
 from domains.errors import ContextOverflow
 from domains.records import Answer, Hit, Message, Reflection
 from rag.answers import one_reply, parse_reply
@@ -23,6 +23,7 @@ from serve.reflection import Reflected, Reflector
 from serve.signals import likelihood_of, measure
 from serve.streaming import ReplyStream
 from serve.vote import GREEDY, Votes, elect
+from serve.yes_no import FittedYesNo, pick_yes_no
 
 
 class Retrieves(Protocol):
@@ -65,6 +66,7 @@ class Assistant:
         signals: measure an answer's signals although there is no calibration.
         reflector: judges evidence while answering, see `serve.reflection`; None shows the passages and answers.
         options: who answers questions with options: the model, or the ``evidence`` (see `serve.options`).
+        yes_no: answers yes/no questions by evidence (see `serve.yes_no`); None leaves them to the model.
         votes: how many replies are written to a question that is not reflected upon, see `serve.vote`.
     """
 
@@ -83,7 +85,8 @@ class Assistant:
         signals: bool = False,
         reflector: Reflector | None = None,
         votes: Votes = GREEDY,
-        options: OptionsBy = "student",
+        options: AnswersBy = "student",
+        yes_no: FittedYesNo | None = None,
     ) -> None:
         self.engine = engine
         self.retriever = retriever
@@ -97,7 +100,9 @@ class Assistant:
         self._calibration = calibration
         self._threshold = threshold if calibration is not None and calibration.signals else 0.0
         # What is picked has no confidence: where the owner wants a bound on wrong answers, the model answers.
-        self._picks = options == "evidence" and retriever is not None and not self._threshold
+        by_evidence = retriever is not None and not self._threshold
+        self._picks = options == "evidence" and by_evidence
+        self._yes_no = yes_no if by_evidence else None
         self._watch = self._abstaining_token() if signals or calibration is not None else None
         self._retrieving = threading.Lock()  # stores and stemmers need not be safe to share
 
@@ -187,17 +192,23 @@ class Assistant:
         return [self.judge(item, reply) for item, reply in zip(asked, self._reply(asked), strict=True)]
 
     def _pick(self, asked: Asked) -> Answer | None:
-        """The answer to a question with options, by evidence; None where the model is to write it.
+        """The answer to a closed question, by evidence; None where the model is to write it.
 
         Its confidence stays open: the calibration is of what the model writes.
         """
-        if not self._picks:
-            return None
-        picked = pick_option(asked.question, lambda query, count: self.find(query, top_k=count), asked.hits)
+
+        def find(query: str, count: int) -> list[Hit]:
+            return self.find(query, top_k=count)
+
+        picked = pick_option(asked.question, find, asked.hits) if self._picks else None
+        if picked is None and self._yes_no is not None:
+            picked = pick_yes_no(asked.question, find, asked.hits, self._yes_no)
         if picked is None:
             return None
         completion = Completion(picked.reply, [], 0, "stop")
-        return self.judge(replace(asked, hits=picked.hits), completion, written=False)
+        answer = self.judge(replace(asked, hits=picked.hits), completion, written=False)
+        found = [citation.model_copy(update={"by": "overlap"}) for citation in answer.citations]
+        return answer.model_copy(update={"citations": found})  # no model quoted them
 
     def _reply(self, asked: Sequence[Asked]) -> list[Completion]:
         """The greedy completion of each, or the one that several drawn ones agree with."""

@@ -19,14 +19,19 @@ from serve.assistant import Assistant
 from serve.confidence import Calibration, Choice, describe_choice, read_calibration
 from serve.engine import Engine
 from serve.gguf_check import check_gguf
-from serve.manifest import CALIBRATION, MANIFEST, Manifest, read_manifest
+from serve.manifest import CALIBRATION, FITTED_YES_NO, MANIFEST, Manifest, read_manifest
 from serve.models import SMOLLM2, inference_gguf, sha256_file
 from serve.reflection import open_reflector
 from serve.reflection_fit import fitted
 from serve.shared_models import SharedModels
 from serve.vote import Votes
+from serve.yes_no import read_yes_no
 
 STUDENT = "student.gguf"
+_NO_YES_NO = (
+    'The student answers yes/no questions: [serve] yes_no = "evidence" needs weights that the calibrate stage fitted '
+    "and kept, and there are none."
+)
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,12 @@ def _open(
     shared: SharedModels | None = None,
 ) -> OpenBundle:
     choice, notes = _choose(calibration, config.serve.max_wrong)
+    yes_no = None
+    if config.serve.yes_no == "evidence":
+        if manifest is not None and FITTED_YES_NO in manifest.files:
+            yes_no = read_yes_no(folder / FITTED_YES_NO)
+        else:
+            notes.append(_NO_YES_NO)
     reflect = fitted(config.reflect, folder)
     if manifest is None and reflect.backend in {"tokens", "text"}:
         reflect = reflect.model_copy(update={"backend": "none"})
@@ -212,6 +223,7 @@ def _open(
         threshold=choice.level.threshold if choice else 0.0,
         reflector=reflector,
         options=config.serve.options,
+        yes_no=yes_no,
         votes=Votes(config.serve.votes, config.serve.vote_temperature),
     )
     return OpenBundle(assistant, engine, retriever, config, manifest, folder, notes)
@@ -258,7 +270,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def _read_whole(name: str, manifest: Manifest) -> bool:
-    return name in {STUDENT, manifest.adapter, CALIBRATION} or name.startswith(f"{RERANKER}/")
+    return name in {STUDENT, manifest.adapter, CALIBRATION, FITTED_YES_NO} or name.startswith(f"{RERANKER}/")
 
 
 def _read_calibration(folder: Path, manifest: Manifest) -> Calibration | None:

@@ -130,9 +130,8 @@ def explain(asked: Asked, answer: Answer, *, context: int) -> list[str]:
         context: tokens that prompt and reply must fit into.
     """
     lines = [f"Looked for: {' '.join(asked.query.split())!r}"]
-    hits = asked.hits if answer.reflection is None else answer.passages
-    lines += [f"Passages shown to the model: {len(hits)}"]
-    lines += [_hit_line(number, hit, answer) for number, hit in enumerate(hits, 1)]
+    lines += [f"Passages shown to the model: {len(answer.passages)}"]
+    lines += [_hit_line(number, hit, answer) for number, hit in enumerate(answer.passages, 1)]
     if answer.reflection is not None:
         lines += reflection_lines(answer.reflection)
     by_model = [citation for citation in answer.citations if citation.by == "model"]

@@ -14,6 +14,7 @@ from domains.records import Record
 MANIFEST = "manifest.json"
 CALIBRATION = "calibration.json"
 FITTED_REFLECTION = "reflection.json"
+FITTED_YES_NO = "yes_no.json"
 
 
 class BundleFile(Record):

@@ -21,7 +21,7 @@ Find = Callable[[str, int], list[Hit]]
 
 @dataclass(frozen=True)
 class Picked:
-    """An option with its evidence first, then what the question itself found."""
+    """An answer with its evidence first, then what the question itself found."""
 
     reply: str
     hits: list[Hit]
@@ -48,9 +48,13 @@ def pick_option(question: str, find: Find, shown: Sequence[Hit]) -> Picked | Non
     if len(set(scores.values())) == 1:
         return None
     letter = choose(scores)
-    evidence = best[letter]
+    return Picked(f"Answer: {letter}. {options[letter]}", evidence_first(best[letter], shown))
+
+
+def evidence_first(evidence: Hit, shown: Sequence[Hit]) -> list[Hit]:
+    """As many passages as were shown, at least one, the evidence before all others."""
     rest = [hit for hit in shown if hit.passage.passage_id != evidence.passage.passage_id]
-    return Picked(f"Answer: {letter}. {options[letter]}", [evidence, *rest][: max(1, len(shown))])
+    return [evidence, *rest][: max(1, len(shown))]
 
 
 def _stem(question: str, options: dict[str, str]) -> str:

@@ -13,6 +13,7 @@ import pytest
 from domains.records import Hit, Passage, Question
 from pipeline import public_sets_bench
 from pipeline.abstention import Case
+from pipeline.fit_yes_no import out_of_fold
 from pipeline.progress import Silent
 from pipeline.public_sets import (
     Claim,
@@ -29,7 +30,7 @@ from pipeline.public_sets_abstention import auroc, fit_on_pairs, measure_retriev
 from pipeline.public_sets_bench import measure_public
 from pipeline.public_sets_options import measure_options
 from pipeline.public_sets_support import kappa, measure_support
-from pipeline.public_sets_yes_no import measure_yes_no, out_of_fold
+from pipeline.public_sets_yes_no import measure_yes_no
 from pipeline.verify_model import passage_gains
 from serve.engine import Engine
 from serve.models import inference_gguf
@@ -185,7 +186,7 @@ def test_the_model_gains_from_the_passage_that_says_it(engine: Engine) -> None:
 def test_an_answer_is_never_predicted_from_itself() -> None:
     """Each row has a feature of its own: a fit that saw the row would get it right, one that did not can't."""
     labels = ["yes", "no"] * 10
-    said = out_of_fold(np.eye(20), labels, seed=0)
+    said = out_of_fold(np.eye(20), labels, [str(i) for i in range(20)], seed=0)
     assert len(said) == 20
     right = sum(a == b for a, b in zip(said, labels, strict=True))
     assert right <= 12

@@ -60,8 +60,16 @@ ASKING = {
         "serve.signals",
         "serve.streaming",
         "serve.vote",
+        "serve.yes_no",
     ),
-    *("rag.sentences", "rag.options", "pipeline.right", "pipeline.selective", "pipeline.reflection_report"),
+    *(
+        "rag.sentences",
+        "rag.options",
+        "rag.polarity",
+        "pipeline.right",
+        "pipeline.selective",
+        "pipeline.reflection_report",
+    ),
 }
 NO_VERSION_IN = {
     "elicit": STORING,
