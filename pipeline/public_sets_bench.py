@@ -29,7 +29,7 @@ from pipeline.public_sets_abstention import (
     medquad_cases,
 )
 from pipeline.public_sets_options import measure_options
-from pipeline.public_sets_own import answerable_questions, closed_questions, hybrid
+from pipeline.public_sets_own import closed_questions, decided_by_retrieval, hybrid
 from pipeline.public_sets_support import measure_support
 from pipeline.public_sets_yes_no import measure_yes_no
 from pipeline.ranking import hit_at_1, ndcg_at_10
@@ -81,7 +81,7 @@ def measure_public(
         progress.say(f"public: closed questions of {domain.name}")
         result |= closed_questions(domain, progress, engine=None if quick else engine)
         if not quick:
-            result |= answerable_questions(domain, work / "answerable", progress)
+            result |= decided_by_retrieval(domain, work / "answerable", progress)
     if (folder := data / "pubmedqa").is_dir():
         progress.say("public: pubmedqa")
         result["pubmedqa"] = measure_yes_no(

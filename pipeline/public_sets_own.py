@@ -1,28 +1,34 @@
-"""The same measures on a domain's own exam: options, yes/no, and which questions its documents answer."""
+"""The same measures on a domain's own exam: options, yes/no, also as served, and which questions its documents answer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from domains.config import RetrieveSection
+from domains.config import CalibrateSection, RetrieveSection
 from domains.domain import Domain
-from domains.records import Passage, Question
+from domains.records import Hit, Passage, Question
 from pipeline.abstention import Case
+from pipeline.bootstrap import paired_difference
+from pipeline.fit_yes_no import RESAMPLES, fit_yes_no
 from pipeline.progress import Progress
-from pipeline.public_sets import Read
+from pipeline.public_sets import Read, accuracy
 from pipeline.public_sets_abstention import fit_on_pairs, measure_retrieval_confidence
 from pipeline.public_sets_options import measure_options
 from pipeline.public_sets_yes_no import measure_yes_no
 from pipeline.retrieval_bench import build_index
+from rag.answers import parse_reply, parse_yes_no
 from rag.embed import MiniLMEmbedder
 from rag.index import Index
 from rag.lexical import LexicalIndex
 from rag.load import load_documents
 from rag.passages import split_document
+from rag.prompt import render_question
 from rag.retrieve import Retriever
 from serve.engine import Engine
+from serve.yes_no import pick_yes_no
 
 
 def closed_questions(domain: Domain, progress: Progress, *, engine: Engine | None) -> dict[str, Any]:
@@ -52,8 +58,10 @@ def closed_questions(domain: Domain, progress: Progress, *, engine: Engine | Non
     return result
 
 
-def answerable_questions(domain: Domain, work: Path, progress: Progress) -> dict[str, Any]:
-    """Does retrieval know which of a domain's exam questions its documents answer? Fitted to its seed questions.
+def decided_by_retrieval(domain: Domain, work: Path, progress: Progress) -> dict[str, Any]:
+    """What retrieval decides of a domain's exam without a student: which questions its documents answer, and yes or no.
+
+    Both are fitted to its seed questions.
 
     Args:
         domain: with questions.
@@ -80,7 +88,48 @@ def answerable_questions(domain: Domain, work: Path, progress: Progress) -> dict
         found = measure_retrieval_confidence(
             [_response(question) for question in exam], [q.about for q in exam], retriever, confidence
         )
-    return {f"answerable_{domain.name}": found}
+        served = served_yes_no(seed, exam, retriever, domain.config.calibrate, progress)
+    return {f"answerable_{domain.name}": found, f"yes_no_served_{domain.name}": served}
+
+
+def served_yes_no(
+    seed: Sequence[Question],
+    exam: Sequence[Question],
+    retriever: Retriever,
+    calibrate: CalibrateSection,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Yes/no questions of the exam as ``[serve] yes_no = "evidence"`` answers them, over what retrieval finds.
+
+    Returns:
+        ``fit`` (see `fit_yes_no`); where there was enough to fit, kept or not: ``accuracy``, ``interval``, ``n``,
+        ``unanswered`` (counted as wrong), ``majority`` (always the commonest seed answer), ``minus_majority`` (mean,
+        low, high).
+    """
+
+    def find(query: str, count: int) -> list[Hit]:
+        return retriever.retrieve(query, top_k=count)
+
+    fit = fit_yes_no(seed, find, folds=calibrate.folds, seed=calibrate.seed, progress=progress)
+    asked = [question for question in exam if question.kind == "yes_no"]
+    if fit.model is None or not asked:
+        return {"fit": fit.facts}
+    picked = [pick_yes_no(render_question(question), find, [], fit.model) for question in asked]
+    said = [parse_yes_no(parse_reply(each.reply).answer) if each else None for each in picked]
+    labels: dict[str, int] = fit.facts["labels"]
+    commonest = max(labels, key=lambda label: labels[label])
+    right, ones = [float(a == q.answer) for a, q in zip(said, asked, strict=True)], [1.0] * len(asked)
+    always = [float(question.answer == commonest) for question in asked]
+    documents = [question.about for question in asked]
+    gap = paired_difference((right, ones), (always, ones), clusters=documents, resamples=RESAMPLES, seed=0)
+    assert gap is not None  # there are questions
+    return {
+        "fit": fit.facts,
+        **accuracy(right, documents),
+        "unanswered": said.count(None),
+        "majority": round(sum(always) / len(always), 4),
+        "minus_majority": [round(value, 4) for value in (gap.mean, gap.low, gap.high)],
+    }
 
 
 def _response(question: Question) -> Case:
