@@ -4,6 +4,9 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
+# Without AMX: GCC 12 miscompiles llama.cpp's tile configuration, and it dies on CPUs that have tiles (serve/llama_model.py).
+export CFLAGS += -U__AMX_INT8__
+export CXXFLAGS += -U__AMX_INT8__
 READY := .venv/.ready
 
 .PHONY: run test check format setup clean

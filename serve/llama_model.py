@@ -11,12 +11,23 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from domains.errors import ModelError
 from domains.records import Message
 from rag.prompt import render_chat
 from serve.gguf_check import check_gguf
 from serve.llama_log import last_lines, quiet
+
+
+def _has_amx(llama_cpp: Any) -> bool:
+    """Whether this build multiplies with AMX tiles, which must not be used.
+
+    GCC 12 drops the stores of the tiles' sizes before ``ldtilecfg``, as its header tells the compiler of the first eight
+    bytes only; the first ``tilezero`` is then an illegal instruction and the process dies. The Makefile builds without
+    AMX. A build that has it is run without extra buffers, where AMX lives: slower prompts in Q4_0, but answers.
+    """
+    return b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
 
 
 class LlamaModel:
@@ -41,6 +52,7 @@ class LlamaModel:
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = 999 if llama_cpp.llama_supports_gpu_offload() else 0
+        params.use_extra_bufts = not _has_amx(llama_cpp)
         self.handle = llama_cpp.llama_model_load_from_file(str(gguf).encode(), params)
         if not self.handle:
             raise ModelError(

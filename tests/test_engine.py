@@ -269,3 +269,26 @@ def test_log_likelihoods_of_continuations_are_those_of_the_whole_sequences(engin
     assert found[0] > found[2]
     with pytest.raises(ContextOverflow):
         engine.log_likelihoods(prompt, [[1] * 600])
+
+
+@pytest.mark.parametrize("compiled_in", [True, False])
+def test_amx_is_not_used_where_it_was_compiled_in(monkeypatch: pytest.MonkeyPatch, compiled_in: bool) -> None:
+    import llama_cpp
+
+    from serve.llama_model import LlamaModel
+
+    told = (
+        b"CPU : AVX512 = 1 | AMX_INT8 = 1 | REPACK = 1 | "
+        if compiled_in
+        else b"CPU : AVX512 = 1 | REPACK = 1 | "
+    )
+    seen = []
+
+    def load(_path: bytes, params: Any) -> None:
+        seen.append(bool(params.use_extra_bufts))
+
+    monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda: told)
+    monkeypatch.setattr(llama_cpp, "llama_model_load_from_file", load)
+    with pytest.raises(ModelError, match="can't load"):
+        LlamaModel(packaged_gguf())
+    assert seen == [not compiled_in]
