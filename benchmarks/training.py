@@ -57,7 +57,9 @@ TOP_LAYERS = 15  # of 30, for the cache of frozen layers
 
 # Lever -> what it is measured beside, and the switches that turn it off.
 LEVERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "parallel_packs": ({}, {"parallel_packs": False}),
     "packing": ({}, {"packing": False}),
+    "even_lengths": ({}, {"even_lengths": False}),
     "supervised_head": ({}, {"supervised_head": False}),
     "chunked_loss": ({}, {"chunked_loss": False}),
     "shared_prefix": ({}, {"shared_prefix": False}),
@@ -302,23 +304,32 @@ class Bench:
         from pipeline.completion_loss import completion_loss
         from pipeline.levers import Levers
         from pipeline.packing import pack_hidden
+        from pipeline.parallel_packs import add_gradients, cores_for_packs, prepare, shares
 
         levers = replace(Levers(checkpointing="off"), **switches)
+        cores = torch.get_num_threads() if levers.parallel_packs and levers.packing else 1
         packs = packs_of(self.rows, self.room, packing=levers.packing)
+        if cores > 1:
+            packs = shares(packs, cores, tokens=self.room)
         below = self._below if levers.cached_layers else None
         self.adapted.train()
-        total, supervised = 0.0, sum(packed.supervised for packed in packs)
-        begin = time.perf_counter()
-        for packed in packs:
+        supervised = sum(packed.supervised for packed in packs)
+
+        def loss_of(packed: Any) -> torch.Tensor:
             hidden, targets = pack_hidden(self.network, packed, levers, below)
             loss = completion_loss(self.network.lm_head, hidden, targets, chunked=levers.chunked_loss)
-            (loss / supervised).backward()
-            total += loss.item()
-        seconds = time.perf_counter() - begin
+            return loss / supervised
+
+        with cores_for_packs(cores) as pool:
+            begin = time.perf_counter()
+            if pool is not None:
+                prepare(self.network)
+            loss = add_gradients(packs, loss_of, list(self.weights.values()), pool)
+            seconds = time.perf_counter() - begin
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0).item()
         for weight in self.weights.values():
             weight.grad = None
-        return seconds, total / supervised, norm
+        return seconds, loss, norm
 
 
 def start(arm: Arm) -> Measured:

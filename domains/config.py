@@ -216,10 +216,12 @@ class LeversSection(Record):
     """What makes training fast; nothing here changes the result beyond rounding (`pipeline/levers.py` says what each is).
 
     ``checkpointing``: ``on`` computes the forward pass twice and keeps little of it, ``auto`` does so where memory
-    is too small. ``shared_prefix``, ``last_layer``, ``fused_layers`` and ``matmul_attention`` act on CPUs.
+    is too small. ``parallel_packs``, ``shared_prefix``, ``last_layer``, ``fused_layers`` and ``matmul_attention`` act on CPUs.
     """
 
+    parallel_packs: bool = True
     packing: bool = True
+    even_lengths: bool = True
     supervised_head: bool = True
     chunked_loss: bool = True
     shared_prefix: bool = True

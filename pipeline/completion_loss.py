@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.layout import IGNORED
+from pipeline.layout import EVEN, IGNORED
 
 _CHUNK = 128  # tokens; at a vocabulary of 49,152 about 60 MB
 
@@ -45,6 +45,16 @@ def _whole(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tens
     return nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
 
 
+def _even(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """With ignored rows to a multiple of `EVEN`: few shapes, see `pipeline.levers.Levers`."""
+    missing = -len(hidden) % EVEN
+    if not missing:
+        return hidden, targets
+    return nn.functional.pad(hidden, (0, 0, 0, missing)), nn.functional.pad(
+        targets, (0, missing), value=IGNORED
+    )
+
+
 def _frozen(head: Any) -> bool:
     return type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
 
@@ -57,8 +67,8 @@ class _ChunkedLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden), _CHUNK):
             rows = slice(start, start + _CHUNK)
-            logs = torch.log_softmax((hidden[rows] @ weight.T).float(), dim=-1)
-            ids = targets[rows]
+            part, ids = _even(hidden[rows], targets[rows])
+            logs = torch.log_softmax((part @ weight.T).float(), dim=-1)
             total += nn.functional.nll_loss(logs, ids, reduction="sum", ignore_index=IGNORED)
             if d_hidden is None:
                 continue
@@ -66,7 +76,7 @@ class _ChunkedLoss(torch.autograd.Function):
             d_logits = logs.exp_()
             d_logits.scatter_add_(1, ids.clamp_min(0)[:, None], -counted.to(d_logits.dtype))
             d_logits.mul_(counted)
-            torch.mm(d_logits.to(hidden.dtype), weight, out=d_hidden[rows])
+            d_hidden[rows] = torch.mm(d_logits.to(hidden.dtype), weight)[: len(hidden[rows])]
         ctx.d_hidden = d_hidden
         return total
 

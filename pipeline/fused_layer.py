@@ -7,12 +7,14 @@ no gradient. The formulas are those of transformers' ``LlamaDecoderLayer``, each
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
+from pipeline.linear_group import state_of
 from pipeline.methods.block_group import group_of, groupable
 from pipeline.row_attention import Span, Weights, attend, attend_backward
 
@@ -52,16 +54,41 @@ def fusable(layer: Any) -> bool:
         return False
     if attention.config.hidden_act != "silu":
         return False
-    linears = [getattr(attention, name, None) for name in _PROJECTIONS]
-    linears += [getattr(mlp, name, None) for name in _GATED]
-    return groupable(linears)
+    return groupable(_linears(layer))
 
 
 def run_layer(layer: Any, hidden: torch.Tensor, reading: Reading) -> torch.Tensor:
     """The layer's result for hidden states [tokens, width]: [queries, width]."""
-    parts = _Parts(layer, hidden.dtype)
+    parts = _parts_of(layer, hidden.dtype)
     result: torch.Tensor = _Layer.apply(hidden, parts, reading, *parts.parameters)  # type: ignore[no-untyped-call]
     return result
+
+
+def prepare_layers(layers: Iterable[Any], dtype: torch.dtype) -> None:
+    """Make what `run_layer` makes of weights that have changed, before several threads run the layers at once."""
+    for layer in layers:
+        if fusable(layer):
+            _parts_of(layer, dtype)
+
+
+# Per layer what its groups were made of, and the groups.
+_made: WeakKeyDictionary[Any, tuple[object, _Parts]] = WeakKeyDictionary()
+
+
+def _parts_of(layer: Any, dtype: torch.dtype) -> _Parts:
+    """The layer's groups, made anew when a weight or the switch of an adapter has changed: once an optimizer step."""
+    found = _made.get(layer)
+    if found is not None and found[0] is not None and found[0] == state_of(_linears(layer), dtype):
+        return found[1]
+    parts = _Parts(layer, dtype)
+    _made[layer] = state_of(_linears(layer), dtype), parts
+    return parts
+
+
+def _linears(layer: Any) -> list[Any]:
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = [getattr(attention, name, None) for name in _PROJECTIONS]
+    return linears + [getattr(mlp, name, None) for name in _GATED]
 
 
 class _Parts:

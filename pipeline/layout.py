@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pipeline.packing import Pack
 
 IGNORED = -100  # torch's label for "no loss here"
+EVEN = 32  # tokens: see `Levers.even_lengths`
 
 
 @dataclass(frozen=True)
@@ -54,23 +55,27 @@ class Layout:
         return spans, tokens, torch.searchsorted(tokens, self.places)
 
 
-def layout_of(packed: Pack, *, share: bool = False, padded: bool = False, everywhere: bool = False) -> Layout:
+def layout_of(
+    packed: Pack, *, share: bool = False, padded: bool = False, even: bool = False, everywhere: bool = False
+) -> Layout:
     """The layout of a pack.
 
     Args:
         packed: its rows.
         share: compute the common beginning of its rows once.
         padded: make every row as long as the longest, with token 0.
+        even: make every length a multiple of `EVEN`, with token 0 behind a row, where no other token sees it.
         everywhere: predict after every token, with `IGNORED` where nothing is supervised.
     """
     rows = packed.rows
-    prefix = _common(packed) if share else 0
+    step = EVEN if even else 1
+    prefix = _common(packed) // step * step if share else 0
     longest = max(len(row.ids) for row in rows)
     ids, positions = list(rows[0].ids[:prefix]), list(range(prefix))
     bounds, wanted, places, targets = [], [], [], []
     for row in rows:
         offset = len(ids) - prefix  # from a token's place in its row to its place here
-        end = longest if padded else len(row.ids)
+        end = longest if padded else -(-len(row.ids) // step) * step
         bounds.append((len(ids), offset + end))
         ids += [*row.ids[prefix:], *[0] * (end - len(row.ids))]
         positions += range(prefix, end)
@@ -81,7 +86,8 @@ def layout_of(packed: Pack, *, share: bool = False, padded: bool = False, everyw
         places += [offset + place - 1 for place in chosen]
         targets += [labels[place] for place in chosen]
         first = chosen[0] - 1 if chosen else prefix
-        wanted.append((offset + first, offset + (chosen[-1] if chosen else first)))
+        last = chosen[-1] if chosen else first
+        wanted.append((offset + first // step * step, offset + -(-last // step) * step))
     return Layout(
         torch.tensor(ids),
         torch.tensor(positions),

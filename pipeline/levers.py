@@ -21,7 +21,11 @@ class Levers:
     """``[train.levers]``.
 
     Attributes:
+        parallel_packs: a step's rows run side by side, a core each, instead of every product on all cores. Not on
+            GPUs, not with dropout.
         packing: rows follow each other without padding; off: every row is as long as the pack's longest.
+        even_lengths: every length is a multiple of 32. For each shape that it meets, PyTorch's library of matrix products
+            compiles code and keeps it: ragged rows are ever new shapes, which costs time and up to a gigabyte.
         supervised_head: logits of supervised tokens only.
         chunked_loss: logits of a hundred tokens or so at a time; their gradient is taken in the forward pass.
         shared_prefix: tokens with which all rows of a pack begin are computed once. Not on GPUs.
@@ -34,7 +38,9 @@ class Levers:
             (arXiv 1604.06174); ``auto`` does so when activations would take more than half of free memory.
     """
 
+    parallel_packs: bool = True
     packing: bool = True
+    even_lengths: bool = True
     supervised_head: bool = True
     chunked_loss: bool = True
     shared_prefix: bool = True

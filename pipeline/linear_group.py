@@ -101,6 +101,23 @@ def groupable(layer: Any) -> bool:
     return (layer is base and "forward" not in vars(layer)) or is_plain_lora(layer)
 
 
+def state_of(layers: Sequence[Any], dtype: torch.dtype) -> object | None:
+    """What a `LinearGroup` of ``layers`` was made of: equal while it holds; None where it must not be kept.
+
+    (Weights that are read back from NF4 at every use would all stay in memory.)
+    """
+    found: list[object] = [dtype]
+    for layer in layers:
+        base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+        if type(base) is not nn.Linear or base.weight.dtype != dtype:
+            return None
+        found += [base.weight.data_ptr(), base.weight._version]
+        lora = lora_of(layer)
+        if lora:
+            found += [id(lora.a), lora.a._version, id(lora.b), lora.b._version, lora.scaling]
+    return found
+
+
 def lora_of(layer: Any) -> Lora | None:
     """The adapter that acts in a layer now."""
     if not hasattr(layer, "lora_A") or layer.disable_adapters or layer.merged:

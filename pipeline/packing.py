@@ -205,6 +205,7 @@ def pack_hidden(
         packed,
         share=share and levers.packing,
         padded=not levers.packing,
+        even=levers.even_lengths and levers.packing,
         everywhere=not levers.supervised_head,
     )
     return hidden_of(network, packed, layout, levers, below), layout.targets.to(network.device)

@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pipeline.completion_loss import completion_loss
 from pipeline.layer_cache import LayerCache, frozen_layers
 from pipeline.levers import Levers, checkpoints
 from pipeline.packing import Pack, Row, pack, pack_hidden
+from pipeline.parallel_packs import add_gradients, cores_for_packs, prepare, shares
 from pipeline.progress import Progress
 
 
@@ -74,14 +76,37 @@ class Trainer:
         ]
         self.fingerprint, self.objective = fingerprint, objective
         self.total = sum(len(steps) for steps in self.epochs)
+        self.cores = self._cores()
         self.levers = self._levers()
         self.below = self._below([*rows, *validation])
+
+    def _cores(self) -> int:
+        """How many packs run at once; one where chance or a teacher's own passes would depend on their order."""
+        settings = self.settings
+        levers = settings.levers
+        alone = self.objective is not None or settings.dropout or self.network.device.type != "cpu"
+        if alone or not (levers.parallel_packs and levers.packing):
+            return 1
+        return torch.get_num_threads()
+
+    def _shared(self, packs: Sequence[Pack]) -> list[Pack]:
+        """A step's packs as they will run."""
+        if self.cores == 1:
+            return list(packs)
+        return shares(packs, self.cores, tokens=self.settings.pack_tokens)
 
     def _levers(self) -> Levers:
         """The switches with what depends on the rows and the memory decided."""
         levers = self.settings.levers
-        packs = [packed for steps in self.epochs for step in steps for packed in step]
-        lengths = [[len(row.ids) for row in packed.rows] for packed in packs]
+        lengths = []
+        for steps in self.epochs:
+            for step in steps:
+                packs = [[len(row.ids) for row in packed.rows] for packed in self._shared(step)]
+                at_once = range(0, len(packs), self.cores)
+                lengths += [
+                    [length for pack in packs[first : first + self.cores] for length in pack]
+                    for first in at_once
+                ]
         if not levers.packing:
             lengths = [[max(pack)] * len(pack) for pack in lengths]
         item_bytes = self.network.dtype.itemsize
@@ -105,13 +130,14 @@ class Trainer:
         if state.step == 0 and self.validation:
             self._note(state, {"step": 0, "validation_loss": self._validate()})
         plan = [(steps, place) for steps in self.epochs for place in range(len(steps))]
-        for steps, place in plan[state.step :]:
-            self._step(state, steps[place])
-            if place == len(steps) - 1 and self.validation:
-                self._note(state, {"step": state.step, "validation_loss": self._validate()})
-            if state.step % checkpoint_steps == 0 or state.step == self.total:
-                save_checkpoint(path, state, self.weights, self.optimizer)
-            progress.advance()
+        with cores_for_packs(self.cores) as pool:
+            for steps, place in plan[state.step :]:
+                self._step(state, steps[place], pool)
+                if place == len(steps) - 1 and self.validation:
+                    self._note(state, {"step": state.step, "validation_loss": self._validate()})
+                if state.step % checkpoint_steps == 0 or state.step == self.total:
+                    save_checkpoint(path, state, self.weights, self.optimizer)
+                progress.advance()
         if self.below:
             self.below.close()
             self.below = None
@@ -139,18 +165,21 @@ class Trainer:
         write_text_atomic(self.folder / "loss.jsonl", lines)
         return state
 
-    def _step(self, state: State, packs: Sequence[Pack]) -> None:
+    def _step(self, state: State, packs: Sequence[Pack], pool: ThreadPoolExecutor | None) -> None:
         start = time.monotonic()
         self.adapted.train()
         rate = self.settings.learning_rate * schedule(state.step, self.total, self.settings.warmup_share)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         supervised = sum(packed.supervised for packed in packs)
-        loss = 0.0
-        for packed in packs:
-            part = self._loss(packed, self.objective) / supervised
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += part.item()
+        if pool is not None:
+            prepare(self.network)
+        loss = add_gradients(
+            self._shared(packs),
+            lambda packed: self._loss(packed, self.objective) / supervised,
+            list(self.weights.values()),
+            pool,
+        )
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.settings.max_grad_norm)
         if not math.isfinite(loss) or not math.isfinite(norm.item()):
             raise StageError(

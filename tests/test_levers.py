@@ -29,7 +29,9 @@ from pipeline.qlora import attach_lora, quantize_nf4
 from pipeline.training_loop import Settings
 
 PLAIN = Levers(
+    parallel_packs=False,
     packing=False,
+    even_lengths=False,
     supervised_head=False,
     chunked_loss=False,
     shared_prefix=False,
@@ -40,7 +42,12 @@ PLAIN = Levers(
     bf16=False,
     checkpointing="off",
 )
-SWITCHES = [f.name for f in fields(Levers) if f.name not in {"checkpointing", "bf16", "cached_layers"}]
+# Those that act inside one pack's pass; the others have tests of their own.
+SWITCHES = [
+    f.name
+    for f in fields(Levers)
+    if f.name not in {"checkpointing", "bf16", "cached_layers", "parallel_packs"}
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -121,6 +128,7 @@ VARIANTS: list[Levers] = [
     replace(PLAIN, matmul_attention=True, fused_layers=True),
     replace(PLAIN, packing=True, matmul_attention=True, shared_prefix=True),
     replace(PLAIN, supervised_head=True, matmul_attention=True, fused_layers=True, last_layer=True),
+    replace(PLAIN, packing=True, even_lengths=True),
     replace(PLAIN, checkpointing="on"),
     replace(Levers(), checkpointing="on"),
     Levers(),
