@@ -131,7 +131,8 @@ class ReflectSection(Record):
     judge) or ``none``. The shares are the augmentation's published sampling: how many rows without
     retrieval are kept, how often a partly supported passage is taken, and one without support. ``critic`` labels
     the training rows: the ``teacher``; ``rules`` (word overlap and gold quotes, a stand-in); ``trained``, a
-    small classifier that learns from the teacher's labels of ``critic_sample`` rows and labels the others;
+    small classifier that learns from the teacher's labels of ``critic_sample`` rows (a quarter of them ``instructions``,
+    where there are any) and labels the others;
     ``auto`` is rules for a local teacher, else trained. ``instructions`` is a JSONL file (`Instruction`; from the domain's
     folder) of requests that need no document: rows of ``tokens`` that open with ``[No Retrieval]``. More than ``max_unparsed`` unreadable labels end the stage.
     At serving:

@@ -3,7 +3,8 @@
 The paper fine-tunes a 7B model, without special tokens, because a million calls of a paid teacher are too many.
 Beside a student of 135M parameters no model of that size is at hand; here it is one multinomial logistic
 regression per kind of label, over overlap of words, numbers and names, and over vectors of the embedder. It
-fits in a second, is deterministic, and says how sure it is.
+fits in a second, is deterministic, and says how sure it is. Whether a request needs a document at all is read
+from its vector: there is nothing yet that its words could overlap with.
 """
 
 from __future__ import annotations
@@ -44,16 +45,16 @@ class TrainedCritic:
 
     def judge(self, asks: Sequence[Ask]) -> list[Critique | None]:
         """The likeliest label each; the explanation is its probability."""
-        rows = features(asks, self._embed)
-        found: list[Critique | None] = []
-        for ask, row in zip(asks, rows, strict=True):
-            fit = self.fits.get(kind_of(ask))
-            if fit is None:
-                found.append(None)
+        found: list[Critique | None] = [None] * len(asks)
+        for kind, fit in self.fits.items():
+            places = [place for place, ask in enumerate(asks) if kind_of(ask) == kind]
+            if not places:
                 continue
-            share = fit.probabilities(row[None])[0]
-            best = int(share.argmax())
-            found.append(ask.labelled(fit.labels[best], f"probability {share[best]:.2f}", self.name))
+            shares = fit.probabilities(features([asks[place] for place in places], self._embed))
+            for place, share in zip(places, shares, strict=True):
+                best = int(share.argmax())
+                said = f"probability {share[best]:.2f}"
+                found[place] = asks[place].labelled(fit.labels[best], said, self.name)
         return found
 
 
@@ -78,7 +79,12 @@ def train_critic(
 
 
 def features(asks: Sequence[Ask], embed: Embed | None) -> Floats:
-    """[asks, features]: overlaps of output, question and passage; three cosines more with an embedder."""
+    """[asks, features] of asks of one kind: overlaps of output, question and passage, and three cosines.
+
+    For the decision at the beginning of an answer it is the question's vector. Without an embedder: overlaps alone.
+    """
+    if embed is not None and asks and kind_of(asks[0]) == "input":
+        return np.asarray(embed([render_question(ask.question) for ask in asks]), dtype=np.float64)
     rows = np.array([_overlaps(ask) for ask in asks], dtype=np.float64).reshape(len(asks), -1)
     if embed is None or not asks:
         return rows

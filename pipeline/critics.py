@@ -22,6 +22,8 @@ from pipeline.teacher_endpoint import EndpointTeacher
 from pipeline.teacher_local import LocalTeacher
 
 Choice = Literal["auto", "teacher", "rules", "trained"]
+# Of the teacher's sample, those that need no document: 15 tell them from a domain's questions, 8 not quite.
+_GENERAL_SHARE = 0.25
 
 
 @contextmanager
@@ -31,6 +33,7 @@ def open_critic(
     teacher: TeacherSection,
     ledger: Path,
     question_ids: Iterable[str],
+    general_ids: Iterable[str] = (),
     sample: int,
     max_unparsed: float,
     embed: Embed,
@@ -43,7 +46,9 @@ def open_critic(
         choice: ``auto`` is rules for a local teacher (too weak to grade), else trained.
         teacher: ``[teacher]``.
         ledger: the domain's; labels are asked and paid once.
-        question_ids: all that will be judged.
+        question_ids: the domain's questions that will be judged.
+        general_ids: the general instructions that will be judged; without some of them in the sample, what is trained
+            on it would never have seen a request that needs no document.
         sample: how many of them the teacher labels where a critic is trained on its labels.
         max_unparsed: see `TeacherCritic`.
         embed: of the trained critic.
@@ -70,11 +75,21 @@ def open_critic(
         if choice == "teacher":
             yield asked, asked.counts
             return
-        ranked = sorted(
-            set(question_ids), key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest()
-        )
-        both = SampledCritic(asked, set(ranked[:sample]), embed, counts=asked.counts)
-        yield both, asked.counts
+        chosen = draw_sample(question_ids, general_ids, count=sample, seed=seed)
+        yield SampledCritic(asked, chosen, embed, counts=asked.counts), asked.counts
+
+
+def draw_sample(
+    question_ids: Iterable[str], general_ids: Iterable[str], *, count: int, seed: int
+) -> set[str]:
+    """``count`` ids: a quarter general ones, the others the domain's; where one kind is short the other fills up."""
+
+    def ordered(names: Iterable[str]) -> list[str]:
+        return sorted(set(names), key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest())
+
+    own, general = ordered(question_ids), ordered(general_ids)
+    few = min(len(general), max(round(_GENERAL_SHARE * count), count - len(own)))
+    return {*general[:few], *own[: count - few]}
 
 
 def open_teacher(teacher: TeacherSection, kind: Literal["endpoint", "local"]) -> Teacher:

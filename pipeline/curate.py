@@ -125,6 +125,7 @@ def _reflecting(
         teacher=config.teacher,
         ledger=run.ledger,
         question_ids=[item.question.id for item in kept],
+        general_ids=[question.id for question in general],
         sample=config.reflect.critic_sample,
         max_unparsed=config.reflect.max_unparsed,
         embed=retriever.index.embedder.embed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from test_curate import ABSTAIN, all_kept, finds_home, indexed, made, misses, nobody, passages, seeds
 
+from domains.config import ReflectSection, TeacherSection
 from domains.domain import load_domain
 from domains.jsonl import read_jsonl, write_jsonl
 from domains.records import Critique, Example, Instruction, Passage
@@ -18,6 +20,7 @@ from pipeline import curate
 from pipeline.augment import Find, Sampling
 from pipeline.critic import Ask
 from pipeline.critic_rules import NAME, RuleCritic
+from pipeline.critics import draw_sample
 from pipeline.progress import Silent
 from pipeline.reflect_ground import Ground
 from pipeline.reflect_rows import as_question, token_rows
@@ -27,6 +30,7 @@ from pipeline.verdict_rows import draw_passages, verdict_rows
 from rag.answers import is_abstention, parse_reply
 from rag.reflection import RELEVANCE, RETRIEVE, SUPPORT, TOKENS, UTILITY
 from rag.verdicts import split_verdict
+from tests.openai_server import Act, Call, OpenAIServer
 
 SHARE = 0.3
 assert made  # a fixture
@@ -262,3 +266,93 @@ def test_an_instruction_that_the_critic_would_look_up_is_left_out_and_counted() 
     assert rows == []
     assert counts["instructions"] == 1
     assert counts["general_left_out"] + counts["no_sentence_left"] == 1
+
+
+WORDS = ["lamp", "chair", "bridge", "kettle", "violin", "pillow", "ladder", "mirror", "anchor", "basket"]
+
+
+def instructions() -> list[Instruction]:
+    """Forty requests that no document is needed for."""
+    asked = [
+        pair
+        for number, word in enumerate(WORDS)
+        for pair in (
+            (f"Spell the word {word} backwards.", f"{word[::-1]}."),
+            (f"Write the word {word} in capital letters.", f"{word.upper()}."),
+            (f"How many letters are in the word {word}?", f"It has {len(word)} letters."),
+            (f"What is {number + 13} plus {7 * number + 5}?", f"{8 * number + 18}."),
+        )
+    ]
+    return [
+        Instruction(id=f"general-{place}", instruction=text, answer=answer)
+        for place, (text, answer) in enumerate(asked)
+    ]
+
+
+def says_as_a_teacher(call: Call) -> Act:
+    """Whatever speaks of a club has to be looked up; evidence counts where it is about that club."""
+    task, item = call.question.split("\n\n")[0], call.question.rpartition("\n\n")[2]
+    club = re.search(r"the (\w+) club", item)
+    if "look something up" in task:
+        label = "yes" if club else "no"
+    elif task.startswith("Decide whether the evidence"):
+        label = "relevant" if club and f"Evidence: The {club[1]} club" in item else "irrelevant"
+    elif task.startswith("Decide how far"):
+        label = "full" if club and f"Evidence: The {club[1]} club" in item else "none"
+    else:
+        label = "5" if task.startswith("Rate") else "search"
+    return Act(text=f"{label}\nExplanation: so it is.")
+
+
+def test_a_trained_critic_has_seen_general_instructions_and_leaves_some_without_retrieval(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, run_folder = made
+    run = Run(run_folder)
+    write_jsonl(run.rationales, [indexed(question, run_folder) for question in seeds()])
+    given = instructions()
+    write_jsonl(tmp_path / "instructions.jsonl", given)
+    domain = load_domain(str(folder))
+    with OpenAIServer(says_as_a_teacher) as server:
+        changed = {
+            "reflect": ReflectSection(
+                backend="tokens",
+                instructions=str(tmp_path / "instructions.jsonl"),
+                critic="trained",
+                critic_sample=24,
+            ),
+            "teacher": TeacherSection(kind="endpoint", base_url=server.base_url, model="big", api_key_env=""),
+        }
+        report = curate.run(replace(domain, config=domain.config.model_copy(update=changed)), run, Silent())
+    own = [row for row in read_jsonl(run.examples, Example) if row.origin == "general"]
+    said = {
+        label.question_id: label
+        for label in read_jsonl(run.critiques, Critique)
+        if label.task == "retrieve" and not label.passage_id
+    }
+    by_teacher = [name for name, label in said.items() if label.teacher == "big"]
+    assert len(by_teacher) == 24
+    assert 6 <= sum(name.startswith("general-") for name in by_teacher) < len(given)
+    assert report.counts["instructions"] == len(given)
+    assert report.counts["general_left_out"] == 0
+    assert len(own) == len(given) - report.counts["no_retrieval_left_out"] > 8
+    assert any(said[row.question_id].teacher != "big" for row in own)
+    assert all(row.completion.startswith(RETRIEVE["no_retrieval"]) for row in own)
+    clubs = [label.label for name, label in said.items() if not name.startswith("general-")]
+    assert set(clubs) == {"retrieve"}
+
+
+def test_a_quarter_of_the_teachers_sample_are_general_instructions() -> None:
+    questions, general = [f"q{i}" for i in range(300)], [f"g{i}" for i in range(60)]
+
+    def drawn(count: int, own: list[str], others: list[str]) -> tuple[int, int]:
+        chosen = draw_sample(own, others, count=count, seed=0)
+        return len(chosen & set(own)), len(chosen & set(others))
+
+    assert drawn(200, questions, general) == (150, 50)
+    assert drawn(200, questions, general[:9]) == (191, 9)
+    assert drawn(200, questions[:100], general) == (100, 60)
+    assert drawn(200, questions, []) == (200, 0)
+    assert draw_sample(questions, general, count=20, seed=0) != draw_sample(
+        questions, general, count=20, seed=1
+    )
