@@ -27,7 +27,7 @@ from rag.prompt import render_question
 from serve.assistant import Asked, Assistant, Retrieves
 from serve.engine import Engine
 from serve.models import sha256_file
-from serve.reflection import Reflector, open_reflector
+from serve.reflection import Reflector, open_reflector, retrieval_depth
 from serve.vote import GREEDY, Votes
 
 PARALLEL = 8
@@ -97,7 +97,7 @@ class Conditions:
     @property
     def depth(self) -> int:
         """The most passages that one retrieval asks for."""
-        return max(self.top_k, self.reflect.passages if self.reflect.backend == "tokens" else 0)
+        return retrieval_depth(self.reflect, self.top_k)
 
 
 class Row(Record):

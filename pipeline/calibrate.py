@@ -36,7 +36,7 @@ from serve.confidence import Calibration, describe_choice
 from serve.engine import Engine
 from serve.manifest import CALIBRATION, FITTED_REFLECTION, FITTED_YES_NO
 from serve.models import sha256_file
-from serve.reflection import open_reflector
+from serve.reflection import open_reflector, retrieval_depth
 from serve.reflection_fit import fitted
 from serve.vote import Votes
 
@@ -72,7 +72,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
             seen,
             retriever,
             count=config.calibrate.questions,
-            top_k=config.retrieve.top_k,
+            top_k=retrieval_depth(config.reflect, config.retrieve.top_k),
             seed=config.calibrate.seed,
         )
         yes_no = _fit_yes_no(domain, run, questions, retriever, progress)
@@ -88,7 +88,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
                 kv_cache=config.serve.kv_cache,
             )
         )
-        reflect = _fit_reflection(domain, run, engine, seen, progress)
+        reflect, reflection = _fit_reflection(domain, run, engine, seen, progress)
         if (run.bundle / FITTED_REFLECTION).is_file():
             sources[FITTED_REFLECTION] = sha256_file(run.bundle / FITTED_REFLECTION)
         reflector = open_reflector(reflect, engine)
@@ -111,7 +111,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
     write_jsonl(run.calibration, rows)
     _write(run.bundle, calibration)
     _tell(calibration, config.serve.max_wrong, progress)
-    return Report(counts=_counts(rows), facts={**calibration.facts, **yes_no})
+    return Report(counts=_counts(rows), facts={**calibration.facts, **yes_no, **reflection})
 
 
 def _fit_yes_no(
@@ -141,14 +141,17 @@ def _fit_yes_no(
 
 def _fit_reflection(
     domain: Domain, run: Run, engine: Engine, seen: Set[str], progress: Progress
-) -> ReflectSection:
-    """The settings that serving will reflect with; fitted here where the student has reflection tokens."""
+) -> tuple[ReflectSection, dict[str, Any]]:
+    """The settings that serving will reflect with; where the student has reflection tokens they are fitted here.
+
+    The numbers of the fit come as ``reflection``.
+    """
     from rag.retrieve import open_retriever
 
     config = domain.config
     (run.bundle / FITTED_REFLECTION).unlink(missing_ok=True)
     if config.reflect.backend != "tokens" or not config.reflect.fit:
-        return config.reflect
+        return config.reflect, {}
     reflector = open_reflector(config.reflect, engine)
     assert reflector is not None
     with open_retriever(run.index, config.retrieve, config.rerank) as retriever, closing(reflector):
@@ -173,7 +176,7 @@ def _fit_reflection(
     write_text_atomic(run.reflection_fit, json.dumps(facts, indent=1) + "\n")
     write_text_atomic(run.bundle / FITTED_REFLECTION, found.model_dump_json(indent=1) + "\n")
     note_files(run.bundle, [FITTED_REFLECTION])
-    return fitted(config.reflect, run.bundle)
+    return fitted(config.reflect, run.bundle), {"reflection": facts}
 
 
 def _write(bundle: Path, calibration: Calibration) -> None:

@@ -85,7 +85,7 @@ def draw_items(
         seen: ids of those that training used; they are drawn last.
         retriever: of the bundle.
         count: prompts in all; 0 takes everything.
-        top_k: passages shown.
+        top_k: passages per item, as many as answering may ask for (`serve.reflection.retrieval_depth`).
         seed: orders the draw.
     """
     order = sorted(questions, key=lambda q: (q.id in seen, _draw_order(f"{seed}:{q.id}"), q.id))

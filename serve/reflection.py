@@ -77,6 +77,16 @@ class Reflector(Protocol):
         """Free what the back-end opened."""
 
 
+def retrieval_depth(reflect: ReflectSection, top_k: int) -> int:
+    """The most passages that one retrieval of an answer asks for.
+
+    Args:
+        reflect: ``tokens`` has a number of its own.
+        top_k: what the other back-ends ask for.
+    """
+    return max(top_k, reflect.passages) if reflect.backend == "tokens" else top_k
+
+
 def open_reflector(reflect: ReflectSection, engine: Engine) -> Reflector | None:
     """The back-end that ``[reflect]`` names; None for ``none``.
 

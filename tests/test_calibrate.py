@@ -17,7 +17,7 @@ from pipeline.development import Row, ask_items, draw_items, judge_items, seed_q
 from pipeline.fit import MIN_OUTCOMES, calibrate
 from pipeline.progress import Silent
 from pipeline.right import is_right
-from pipeline.run_folder import Run
+from pipeline.run_folder import Report, Run
 from serve.confidence import read_calibration
 from serve.signals import LIKELIHOOD, SIGNALS
 
@@ -183,22 +183,47 @@ max_tokens = 16
 questions = 6
 folds = 2
 """
+REFLECTING = (
+    DOMAIN.replace("context = 1024", "context = 2048")
+    + """
+[retrieve]
+top_k = 2
+[reflect]
+backend = "tokens"
+passages = 4
+threshold = 0.0
+"""
+)
 
 
 @pytest.fixture
 def real_run(tmp_path: Path) -> tuple[Path, Run]:
     """A run as the export stage leaves it, with the untrained 135M as student."""
+    from serve.models import inference_gguf
 
+    return exported(tmp_path, inference_gguf("smollm2-135m"), DOMAIN)
+
+
+@pytest.fixture(scope="module")
+def reflecting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run, Report]:
+    """The same with a tiny student of random weights that has the reflection tokens, calibrated."""
+    from tests.tiny_llama import write_reflecting_gguf
+
+    place = tmp_path_factory.mktemp("reflecting")
+    folder, run = exported(place, write_reflecting_gguf(place), REFLECTING)
+    return folder, run, stage.run(load_domain(str(folder)), run, Silent())
+
+
+def exported(tmp_path: Path, gguf: Path, config: str) -> tuple[Path, Run]:
     from pipeline.bundle import close_bundle
     from serve.gguf_check import check_gguf
     from serve.manifest import BaseModelFacts
-    from serve.models import inference_gguf
     from tests.small_serving import SYSTEM, write_index
 
     folder = tmp_path / "domain"
     (folder / "prompts").mkdir(parents=True)
     (folder / "documents").mkdir()
-    (folder / "domain.toml").write_text(DOMAIN, encoding="utf-8")
+    (folder / "domain.toml").write_text(config, encoding="utf-8")
     for name in ("system", "teacher"):
         (folder / "prompts" / f"{name}.md").write_text(SYSTEM, encoding="utf-8")
     asked = [
@@ -216,7 +241,6 @@ def real_run(tmp_path: Path) -> tuple[Path, Run]:
     )
     run = Run(tmp_path / "runs" / "shelf" / "quick")
     run.bundle.mkdir(parents=True)
-    gguf = inference_gguf("smollm2-135m")
     Path(run.bundle / "student.gguf").symlink_to(gguf)
     write_index(run.index)
     row = Example(
@@ -260,6 +284,40 @@ def test_a_real_student_is_calibrated_and_its_bundle_opens_with_it(real_run: tup
     (run.bundle / "calibration.json").write_text(damaged, encoding="utf-8")
     with pytest.raises(Exception, match=r"calibration\.json: its bytes changed"):
         open_bundle(run.bundle, parallel=1, unready_ok=True)
+
+
+def test_a_reflecting_students_threshold_and_weights_are_fitted_for_serving(
+    reflecting: tuple[Path, Run, Report],
+) -> None:
+    from serve.manifest import read_manifest
+    from serve.models import sha256_file
+    from serve.reflection_fit import FittedReflection, fitted
+
+    folder, run, report = reflecting
+    path = run.bundle / "reflection.json"
+    found = FittedReflection.model_validate_json(path.read_text("utf-8"))
+    assert found.questions == 3  # the seed questions, never the exam's
+    assert found.score >= found.before
+    served = fitted(load_domain(str(folder)).config.reflect, run.bundle)
+    assert (served.threshold, served.support_weight) == (found.threshold, found.support_weight)
+    cases = run.reflection_fit.with_suffix(".jsonl").read_text("utf-8").splitlines()
+    assert {json.loads(case)["question_id"] for case in cases} == {"dose", "milk", "price"}
+    facts = report.facts["reflection"]
+    assert facts == json.loads(run.reflection_fit.read_text("utf-8"))
+    assert (facts["threshold"], facts["weights"]["support"]) == (found.threshold, found.support_weight)
+    assert all(0 <= each["confidence"] <= 1 for each in facts["retrieval_reliability"])
+    assert 0 <= facts["retrieval_calibration_error"] <= 1
+    assert read_calibration(run.bundle / "calibration.json").sources["reflection.json"] == sha256_file(path)
+    assert "reflection.json" in read_manifest(run.bundle).files
+
+
+def test_a_reflecting_student_is_shown_as_many_passages_as_serving_shows(
+    reflecting: tuple[Path, Run, Report],
+) -> None:
+    _, run, _ = reflecting
+    answers = [row.answer for row in read_jsonl(run.calibration, Row)]
+    shown = {len(each.passages) for each in answers if each and each.reflection and each.reflection.retrieved}
+    assert shown == {4}  # [reflect] passages, not [retrieve] top_k
 
 
 def test_a_calibration_of_another_student_is_refused(real_run: tuple[Path, Run]) -> None:

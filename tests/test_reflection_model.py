@@ -28,36 +28,12 @@ from serve.reflection_fit import FittedReflection
 from serve.reflection_run import Vocabulary
 from serve.reflection_tokens import Settings, TokenReflector
 from tests.small_serving import ABSTAIN, FixedRetriever, passage, write_domain, write_index
-from tests.tiny_llama import make_tiny_llama
+from tests.tiny_llama import write_reflecting_gguf
 
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-
-    from pipeline.gguf_writer import write_llama_gguf
-    from pipeline.student import load_base
-    from pipeline.token_rows import add_reflection_tokens
-
-    folder = tmp_path_factory.mktemp("tiny")
-    base = load_base(str(make_tiny_llama(folder / "hf")), dtype=torch.float32)
-    ids = add_reflection_tokens(base)
-    with torch.no_grad():  # apart from each other and likely enough to be taken
-        torch.manual_seed(1)
-        weight = base.model.get_input_embeddings().weight
-        weight[ids] = 1.5 * weight[:256].std() * torch.randn(len(ids), weight.shape[1])
-    path = folder / "tiny.gguf"
-    write_llama_gguf(
-        path,
-        state=base.model.state_dict(),
-        config=base.model.config,
-        tokenizer=base.tokenizer,
-        template=base.template,
-        name="tiny",
-        licence="apache-2.0",
-        end_of_turn=base.end_of_turn,
-    )
-    return path
+    return write_reflecting_gguf(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,34 @@ def make_tiny_llama(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def write_reflecting_gguf(folder: Path) -> Path:
+    """The model in GGUF, with the 15 reflection tokens as export writes them; returns the file."""
+    import torch
+
+    from pipeline.gguf_writer import write_llama_gguf
+    from pipeline.student import load_base
+    from pipeline.token_rows import add_reflection_tokens
+
+    base = load_base(str(make_tiny_llama(folder / "hf")), dtype=torch.float32)
+    ids = add_reflection_tokens(base)
+    with torch.no_grad():  # apart from each other and likely enough to be taken
+        torch.manual_seed(1)
+        weight = base.model.get_input_embeddings().weight
+        weight[ids] = 1.5 * weight[:256].std() * torch.randn(len(ids), weight.shape[1])
+    path = folder / "tiny.gguf"
+    write_llama_gguf(
+        path,
+        state=base.model.state_dict(),
+        config=base.model.config,
+        tokenizer=base.tokenizer,
+        template=base.template,
+        name="tiny",
+        licence="apache-2.0",
+        end_of_turn=base.end_of_turn,
+    )
+    return path
+
+
 def _tokenizer() -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
