@@ -378,8 +378,8 @@ def examples() -> list[Any]:
     from domains.domain import load_domain
     from domains.jsonl import read_jsonl
     from domains.records import Example, Question
-    from pipeline.rows import answer_text, gold_quotes
-    from rag.answers import format_reply
+    from pipeline.rows import gold_quotes
+    from rag.answers import format_reply, reference_answer
     from rag.load import load_documents
     from rag.passages import split_document
     from rag.prompt import render_question, student_messages
@@ -406,7 +406,7 @@ def examples() -> list[Any]:
             home.sort(key=lambda passage: not gold_quotes(question, [passage]))  # the gold one comes first
             shown = home[: chooser.choice((0, 1, 1, 2))]
             completion = format_reply(
-                quotes=gold_quotes(question, shown), rationale="", answer=answer_text(question)
+                quotes=gold_quotes(question, shown), rationale="", answer=reference_answer(question)
             )
             made.append(
                 Example(

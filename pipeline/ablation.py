@@ -41,12 +41,12 @@ from pipeline.bootstrap import paired_difference, ratio_interval
 from pipeline.metrics import Mark, locate_gold, mark_answer
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
-from pipeline.rows import Retrieve, answer_text, row_id
+from pipeline.rows import Retrieve, rationale_query, row_id
 from pipeline.run_folder import Run
 from pipeline.teacher_passages import holding
 from pipeline.training_loop import Settings
 from pipeline.verify import prose
-from rag.answers import format_reply
+from rag.answers import format_reply, reference_answer
 from rag.prompt import neutralise, render_question, student_messages
 from serve.assistant import Retrieves
 from serve.engine import Engine
@@ -116,12 +116,12 @@ class Recipes:
         if kind == "kard" and from_question:
             passages = self.by_question(question.question, self.top_k)
         elif kind == "kard":
-            passages = self.by_rationale(f"{said}\nAnswer: {answer_text(question)}", self.top_k)
+            passages = self.by_rationale(rationale_query(question, item.rationale), self.top_k)
         messages = student_messages(self.system, render_question(question), passages)
         completion = format_reply(
             quotes=[],
             rationale="" if kind == "answers" else neutralise(said),
-            answer=neutralise(answer_text(question)),
+            answer=neutralise(reference_answer(question)),
         )
         return Example(
             id=row_id(messages, completion),

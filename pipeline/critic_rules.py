@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from domains.records import Critique, CritiqueTask, Passage, Question
 from domains.words import squash
 from pipeline.critic import Ask
-from pipeline.rows import answer_text, gold_quotes, may_answer
+from pipeline.rows import gold_quotes, may_answer
 from pipeline.wording import content_words, recall
+from rag.answers import reference_answer
 from rag.citations import find_support
 from rag.prompt import neutralise
 
@@ -75,13 +76,13 @@ def support_by_words(output: str, passage: Passage) -> tuple[str, str]:
 
 
 def _utility(ask: Ask) -> tuple[str, str]:
-    share = recall(answer_text(ask.question), ask.output) if ask.question.answer else 0.0
+    share = recall(reference_answer(ask.question), ask.output) if ask.question.answer else 0.0
     return str(1 + round(4 * share)), f"{share:.0%} of the reference's words"
 
 
 def _is_the_reference(question: Question, output: str) -> bool:
     """Whether the sentence stands in the reference, word for word (yes, a letter, and its sentences do)."""
-    return bool(question.answer) and squash(output) in squash(neutralise(answer_text(question)))
+    return bool(question.answer) and squash(output) in squash(neutralise(reference_answer(question)))
 
 
 _JUDGES: dict[CritiqueTask, Callable[[Ask], tuple[str, str] | None]] = {

@@ -37,7 +37,7 @@ from pipeline.teacher import Teacher
 from pipeline.teacher_endpoint import EndpointTeacher
 from pipeline.teacher_local import LocalTeacher
 from pipeline.teacher_passages import teacher_passages
-from pipeline.teacher_prompt import reference
+from rag.answers import reference_answer
 
 
 def run(domain: Domain, run: Run, progress: Progress) -> Report:
@@ -200,7 +200,7 @@ def _material(domain: Domain, run: Run, chosen: Sequence[Question], progress: Pr
 
         def evidence(question: Question) -> list[Passage]:
             if question.id not in found:
-                found[question.id] = shown(question, reference(question))
+                found[question.id] = shown(question, reference_answer(question))
             return found[question.id]
 
         progress.start("finding passages for the teacher", len(chosen))

@@ -20,9 +20,9 @@ from pipeline.fidelity import Text
 from pipeline.metrics import mark_answer
 from pipeline.qlora import training_dtype
 from pipeline.replays import Turn
-from pipeline.rows import answer_text, gold_quotes
+from pipeline.rows import gold_quotes
 from pipeline.student import Base
-from rag.answers import format_reply
+from rag.answers import format_reply, reference_answer
 from rag.prompt import neutralise, render_question, student_messages
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def gold_passages(question: Question, passages: Sequence[Passage], shown: int) -
 def _turn(
     question: Question, evidence: Sequence[Passage], quotes: list[tuple[str, int]], system: str, abstain: str
 ) -> Turn:
-    answer = neutralise(answer_text(question)) if question.answer else abstain
+    answer = neutralise(reference_answer(question)) if question.answer else abstain
     messages = student_messages(system, render_question(question), evidence)
     return messages, format_reply(quotes=quotes, rationale="", answer=answer)
 

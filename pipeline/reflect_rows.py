@@ -24,9 +24,9 @@ from domains.records import Critique, Example, Instruction, Passage, Question, S
 from domains.words import squash
 from pipeline.augment import Draft, Reflected, augment, split_answer, to_example
 from pipeline.reflect_ground import Ground, room_for, wanted_extra
-from pipeline.rows import Kept, Origin, answer_text, gold_quotes, own_quotes
+from pipeline.rows import Kept, Origin, gold_quotes, own_quotes
 from pipeline.verify import prose
-from rag.answers import format_reply
+from rag.answers import format_reply, reference_answer
 from rag.prompt import neutralise
 
 _ABSTENTION_UTILITY = 1  # it does not give what was asked; a supported answer shall win against it
@@ -53,11 +53,11 @@ def token_rows(
     """
     items = {f"{item.question.id}\0{item.rationale.sample}": item for item in kept}
     drafts = [
-        Draft(key, item.question, split_answer(neutralise(answer_text(item.question))))
+        Draft(key, item.question, split_answer(neutralise(reference_answer(item.question))))
         for key, item in items.items()
     ]
     drafts += [
-        Draft(f"general\0{question.id}", question, split_answer(neutralise(answer_text(question))))
+        Draft(f"general\0{question.id}", question, split_answer(neutralise(reference_answer(question))))
         for question in instructions
     ]
     reflected, counts, labels = augment(

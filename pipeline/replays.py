@@ -8,9 +8,9 @@ from typing import Literal
 
 from domains.records import Message, Passage, Question, Segment
 from pipeline.parity import Replay
-from pipeline.rows import answer_text, gold_quotes
+from pipeline.rows import gold_quotes
 from pipeline.student import Base, encode_completion, encode_prompt, render_prompt
-from rag.answers import format_reply
+from rag.answers import format_reply, reference_answer
 from rag.prompt import neutralise, render_question, student_messages
 from rag.reflection import render_segments
 from rag.verdicts import format_verdict
@@ -75,7 +75,7 @@ def _completion(question: Question, passages: Sequence[Passage], abstain: str) -
     if question.kind == "unanswerable":
         return format_reply(quotes=[], rationale="", answer=abstain)
     quotes = gold_quotes(question, passages)[:_MOST_QUOTES]
-    return format_reply(quotes=quotes, rationale="", answer=neutralise(answer_text(question)))
+    return format_reply(quotes=quotes, rationale="", answer=neutralise(reference_answer(question)))
 
 
 def make_replay(base: Base, turn: Turn) -> Replay:

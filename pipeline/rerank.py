@@ -28,6 +28,7 @@ from pipeline.progress import Progress
 from pipeline.questions import read_all_questions
 from pipeline.ranking import SURE, Fitted, Judged, fit_weight, quoted_passages
 from pipeline.rerank_pools import Pool, Row, build_pools, split_rows
+from pipeline.rows import rationale_query
 from pipeline.run_folder import Report, Run, disk_errors, need
 from serve.models import sha256_file
 
@@ -67,14 +68,14 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
 
 
 def _rows(run: Run, questions: dict[str, Question]) -> list[Row]:
-    """Rationales that curation kept, with the answer, as KARD searches with them."""
+    """Rationales that curation kept, as KARD searches with them."""
     kept = {example.request for example in read_jsonl(need(run.examples, stage="curate"), Example)}
     rationales = read_jsonl(need(run.rationales, stage="elicit"), Rationale)
     rows = {
         rationale.request: Row(
             item_id=rationale.question_id,
             question=questions[rationale.question_id].question,
-            rationale=f"{rationale.text}\nAnswer: {rationale.answer}",
+            rationale=rationale_query(questions[rationale.question_id], rationale),
             group=questions[rationale.question_id].about,
         )
         for rationale in rationales

@@ -23,7 +23,7 @@ from domains.records import Example, Message, Passage, Question, Rationale
 from domains.words import find_literal, numbers, squash
 from pipeline.verify import as_shown, prose
 from pipeline.wording import recall
-from rag.answers import format_reply, parse_reply
+from rag.answers import format_reply, parse_reply, reference_answer
 from rag.citations import check_quotes
 from rag.prompt import neutralise, render_question, student_messages
 
@@ -94,13 +94,18 @@ def target(
     if not quotes and (question.gold or question.kind == "open"):
         return None
     text = squash(prose(rationale.text)) if rationale_in_target else ""
-    return format_reply(quotes=quotes, rationale=neutralise(text), answer=neutralise(answer_text(question)))
+    return format_reply(
+        quotes=quotes, rationale=neutralise(text), answer=neutralise(reference_answer(question))
+    )
 
 
-def answer_text(question: Question) -> str:
-    """The reference answer as the student shall say it; an option with its letter and text."""
-    answer = question.answer or ""
-    return f"{answer}. {question.options[answer]}" if question.options else answer
+def rationale_query(question: Question, rationale: Rationale) -> str:
+    """What KARD searches training passages with, and scores the reranker's pools by (arXiv 2305.18395 §3.2).
+
+    The rationale's own words and the gold answer, as in the release's ``reasoning`` field; never at answering time. The
+    quotes are left out: they would find the passage that they were taken from, whatever the rationale says.
+    """
+    return f"{squash(prose(rationale.text))}\nAnswer: {reference_answer(question)}"
 
 
 def may_answer(question: Question, passages: Sequence[Passage]) -> bool:
@@ -215,13 +220,9 @@ class RowBuilder:
         return [made.get(id(item)) or self._taught(item, counts) for item in kept], missed
 
     def _taught(self, item: Kept, counts: Counter[str]) -> Example:
-        """A row that answers: KARD's passages where they carry a quote, else those that the teacher saw.
-
-        KARD's query is the rationale with its answer (§3.2; the release's ``reasoning`` field).
-        """
+        """A row that answers: KARD's passages where they carry a quote, else those that the teacher saw."""
         if self.by_rationale is not None:
-            query = f"{prose(item.rationale.text)}\nAnswer: {answer_text(item.question)}"
-            passages = self.by_rationale(query, self.top_k)
+            passages = self.by_rationale(rationale_query(item.question, item.rationale), self.top_k)
             if gold_quotes(item.question, passages) or own_quotes(item.rationale, passages):
                 return self._answer(item, passages, "rationale")
             counts["rationale_missed"] += 1

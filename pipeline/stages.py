@@ -189,7 +189,8 @@ STAGES = (
         prompts=(),
         code=(
             "pipeline.rerank", "pipeline.questions", "pipeline.ranking", "pipeline.bootstrap", "pipeline.rerank_pools", "pipeline.rerank_loss",
-            "pipeline.rerank_tower", "pipeline.rerank_train", *RETRIEVAL,
+            "pipeline.rerank_tower", "pipeline.rerank_train", "pipeline.rows", "pipeline.verify", "pipeline.wording",
+            "domains.words", "domains.checks", "rag.answers", "rag.citations", "rag.prompt", "rag.untrusted", *RETRIEVAL,
         ),
     ),
     Stage(

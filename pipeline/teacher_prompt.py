@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from domains.records import Message, Passage, Question
 from domains.words import find_literal, squash
-from rag.answers import before_answer, one_reply, parse_reply
+from rag.answers import before_answer, one_reply, parse_reply, reference_answer
 from rag.prompt import neutralise, render_question, student_messages
 
 CLOSING = "Explain in one sentence why the right answer is right. Use the words of the {source}."
@@ -45,17 +45,11 @@ def teacher_messages(
         closing: the last line, in the place of `CLOSING`.
     """
     system, user = student_messages(instruction, render_question(question), passages)
-    lines = [user.content, neutralise(f"Right answer: {reference(question)}")]
+    lines = [user.content, neutralise(f"Right answer: {reference_answer(question)}")]
     quotes = evidence(question, passages)
     lines += [neutralise(f'Evidence: "{quote}" [{number}]') for quote, number in quotes]
     lines += ["", closing or CLOSING.format(source="evidence" if quotes else "passages")]
     return system, Message(role="user", content="\n".join(lines))
-
-
-def reference(question: Question) -> str:
-    """The gold answer in words: for options the letter and its text."""
-    answer = question.answer or ""
-    return f"{answer}. {question.options[answer]}" if question.options else answer
 
 
 def evidence(question: Question, passages: Sequence[Passage]) -> list[tuple[str, int]]:

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from domains.records import Critique, Example, Passage, Question
 from pipeline.critic import Ask
 from pipeline.reflect_ground import Ground, room_for, wanted_extra
-from pipeline.rows import Kept, Origin, answer_text, gold_quotes, row_id, target
-from rag.answers import format_reply
+from pipeline.rows import Kept, Origin, gold_quotes, row_id, target
+from rag.answers import format_reply, reference_answer
 from rag.verdicts import format_verdict
 
 # How many passages a row shows: below 0.2 none, below 0.3 one, below 0.6 two, else three.
@@ -104,7 +104,7 @@ def _judge(
         shown = [*ground.find(item.question.question, ground.passages), *item.passages]
         found.append(list({passage.passage_id: passage for passage in shown}.values()))
     asks = [
-        Ask("isrel", item.question, passage, output=answer_text(item.question))
+        Ask("isrel", item.question, passage, output=reference_answer(item.question))
         for item, passages in zip(kept, found, strict=True)
         for passage in passages
     ]

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from domains.records import Question
+
 _QUOTE = re.compile(r"[\"“]([^\"“”\n]{8,600})[\"”]\s*[.,;]?\s*\[(\d{1,2})\]")
 _ANSWER = re.compile(r"(?:^|\n|(?<=[.\]] ))\s*\**Answer\**\s*:\**[ \t]*", re.IGNORECASE)
 _ABSTENTIONS = re.compile(
@@ -37,6 +39,12 @@ class Reply:
     quotes: tuple[tuple[str, int], ...]
     answer: str
     has_answer_line: bool
+
+
+def reference_answer(question: Question) -> str:
+    """The gold answer in words, as the student shall say it: an option with its letter and text."""
+    answer = question.answer or ""
+    return f"{answer}. {question.options[answer]}" if question.options else answer
 
 
 def format_reply(*, quotes: list[tuple[str, int]], rationale: str, answer: str) -> str:

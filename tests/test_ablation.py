@@ -10,11 +10,12 @@ from tiny_llama import make_tiny_llama
 from domains.config import ReflectSection
 from domains.jsonl import write_jsonl
 from domains.records import Example, Hit, Message, Passage, Question, Quote, Rationale
-from pipeline import ablation, train
+from pipeline import ablation, rerank, train
 from pipeline.ablation import Asking, Oracle, Recipes, Taught, kept_rationales, summarise_marks
 from pipeline.arms import Arm, Conditions, Row
 from pipeline.progress import Silent
 from pipeline.recipe import QLORA
+from pipeline.rows import Kept, RowBuilder
 from pipeline.run_folder import Run
 from pipeline.training_loop import Settings
 
@@ -66,6 +67,37 @@ def test_kard_rows_are_retrieved_with_rationale_and_answer_and_teach_both() -> N
     assert rows[0].passages == ["cat-0", "dog-0"]
     assert rows[0].completion == "Passage says the cat eats fish.\nAnswer: fish."
     assert len(rows) == 4
+
+
+def test_training_rows_ablation_and_reranker_search_with_the_same_words(tmp_path: Path) -> None:
+    """The rationale's own words and the gold answer: no quote, and not what the teacher called the answer."""
+    asked = question("cat").model_copy(
+        update={"kind": "options", "answer": "B", "options": {"A": "bones", "B": "fish"}}
+    )
+    said = rationale("cat").model_copy(
+        update={
+            "text": f'"{TEXTS["cat"]}" [1]\nIt is  not\na dog.\nAnswer: (B) that one',
+            "answer": "that one",
+        }
+    )
+    searched: list[str] = []
+
+    def by_rationale(query: str, top_k: int) -> list[Passage]:
+        searched.append(query)
+        return [passage("cat")][:top_k]
+
+    builder = RowBuilder(
+        system="s", abstain="?", retrieve=by_rationale, top_k=1, rationale_in_target=True, seed=0,
+        by_rationale=by_rationale,
+    )  # fmt: skip
+    kept = [Kept(asked, said, [passage("cat")])]
+    rows, _ = builder.build(kept, [], retrieved_share=0, irrelevant_share=0, abstention_share=0)
+    recipes(searched).rows("kard", [Taught(asked, said)])
+    run = Run(tmp_path)
+    write_jsonl(run.examples, rows)
+    write_jsonl(run.rationales, [said])
+    searched += [row.rationale for row in rerank._rows(run, {asked.id: asked})]
+    assert searched == ["It is not a dog.\nAnswer: B. fish"] * 3
 
 
 def test_a_share_of_kard_rows_is_retrieved_by_the_question() -> None:

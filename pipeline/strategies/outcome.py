@@ -7,8 +7,8 @@ from pipeline.strategies.context import Said
 from pipeline.strategies.parse import Unparsed
 from pipeline.strategies.refusal import refusal
 from pipeline.strategies.row import Check, Row
-from pipeline.teacher_prompt import reference
 from pipeline.verify import verify
+from rag.answers import reference_answer
 
 
 def question_of(row: Row) -> Question:
@@ -70,4 +70,4 @@ def answer_text(row: Row) -> str:
 
 def reference_text(row: Row) -> str:
     """The right answer in words."""
-    return reference(question_of(row))
+    return reference_answer(question_of(row))
