@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,15 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from domains.config import RerankSection
 from domains.errors import ConfigError, StageError
-from domains.records import Passage
+from domains.records import Document, Passage
 from pipeline.ranking import Judged, fit_weight, hit_at_1, measure, ndcg_at_10, rank_documents
 from pipeline.rerank_loss import late_interaction, rerank_loss
 from pipeline.rerank_pools import Candidate, Pool, Row, build_pools, draw, split_rows, standard_scores
 from pipeline.rerank_tower import PassageStates, QuestionTower
 from pipeline.rerank_train import Recipe, Trained, evaluate, score_pool, train_reranker
-from rag.embed import MiniLMEmbedder, minilm_encoder
-from rag.lexical import LexicalIndex
+from rag.embed import MiniLMEmbedder, WordHashEmbedder, minilm_encoder
+from rag.index import open_index, update_index
+from rag.lexical import K1, B, LexicalIndex
 from rag.rerank import Reranker, Tower, compress_passages
 from rag.token_vectors import quantize
 
@@ -118,25 +121,53 @@ def test_all_candidates_have_the_score_of_one_scorer(k1: float, b: float) -> Non
         assert pool.cands[0].s_r == max(cand.s_r for cand in pool.cands)
 
 
-def test_bm25_is_the_textbooks() -> None:
-    """Lucene's variant, by hand: the two parameters are those that were asked for."""
-    texts = ["boiler boiler valve", "boiler crane", "winch winch winch saw kiln"]
-    shelf = [
-        Passage(passage_id=str(i), doc_id="d", title="", heading="", text=text, start=0, end=len(text))
-        for i, text in enumerate(texts)
-    ]
-    k1, b = 1.2, 0.6
-    lengths = [len(text.split()) for text in texts]
+SHELF = [
+    Passage(passage_id=str(i), doc_id=f"d{i}", title="", heading="", text=text, start=0, end=len(text))
+    for i, text in enumerate(["boiler boiler valve", "boiler crane", "winch winch winch saw kiln"])
+]
+
+
+def by_hand(*, k1: float, b: float) -> list[float]:
+    """Lucene's BM25 of the shelf for "boiler boiler": a term that the query repeats counts twice."""
+    lengths = [len(passage.text.split()) for passage in SHELF]
     mean = sum(lengths) / 3
     idf = np.log(1 + (3 - 2 + 0.5) / (2 + 0.5))
 
     def weight(count: int, length: int) -> float:
         return float(idf * count / (count + k1 * (1 - b + b * length / mean)))
 
-    found = LexicalIndex.build(shelf, k1=k1, b=b).scores("boiler, boiler")
-    # a term that the query repeats counts twice
-    assert found == pytest.approx([2 * weight(2, 3), 2 * weight(1, 2), 0.0], rel=1e-4)
-    assert LexicalIndex.build(shelf).scores("unheard of").tolist() == [0.0] * 3
+    return [2 * weight(2, lengths[0]), 2 * weight(1, lengths[1]), 0.0]
+
+
+def test_bm25_is_the_textbooks() -> None:
+    """The two parameters are those that were asked for."""
+    found = LexicalIndex.build(SHELF, k1=1.2, b=0.6).scores("boiler, boiler")
+    assert found == pytest.approx(by_hand(k1=1.2, b=0.6), rel=1e-4)
+    assert LexicalIndex.build(SHELF).scores("unheard of").tolist() == [0.0] * 3
+
+
+def test_bm25_is_pyserinis_in_the_index_and_in_the_rerankers_pools(tmp_path: Path) -> None:
+    """KARD retrieves with k1 = 0.9 and b = 0.4; the index and the targets of the reranker must not drift apart."""
+    assert (K1, B) == (0.9, 0.4)
+    assert (RerankSection().k1, RerankSection().b) == (K1, B)
+    wanted = by_hand(k1=0.9, b=0.4)
+    assert LexicalIndex.build(SHELF).scores("boiler, boiler") == pytest.approx(wanted, rel=1e-4)
+    row = Row("q", "Which crane?", "boiler boiler", "d0")
+    ((pool,), _) = build_pools([row], SHELF, k1=RerankSection().k1, b=RerankSection().b, size=3)
+    assert {cand.pid: cand.s_r for cand in pool.cands} == pytest.approx(
+        {"0": wanted[0], "1": wanted[1]}, rel=1e-4
+    )
+    shelf = [Document(doc_id=each.doc_id, title="x", text=each.text, source="t") for each in SHELF]
+    embedder = WordHashEmbedder()
+    update_index(tmp_path, shelf, embedder=embedder, max_chars=400, overlap_chars=0)
+    index = open_index(tmp_path, embedder=embedder)
+    try:
+        stored = index.score_lexical("boiler, boiler", top_k=3)
+        rebuilt = LexicalIndex.build(index.passages, k1=0.9, b=0.4).scores("boiler, boiler")
+        names = [passage.passage_id for passage in index.passages]
+        assert stored == pytest.approx({names[i]: rebuilt[i] for i in np.flatnonzero(rebuilt)}, rel=1e-6)
+    finally:
+        index.close()
 
 
 def test_rows_that_find_nothing_are_named() -> None:
