@@ -128,6 +128,24 @@ class Rationale(Record):
     request: str
 
 
+class Verification(Record):
+    """What the verifier found a kept rationale to speak for (KARD, arXiv 2305.18395 §3.1).
+
+    ``pred`` is the answer that it read there: a letter, yes, no or maybe, or words. It is empty where rules found enough
+    of the gold answer's words and nothing against them, but no answer. ``method`` is who decided last.
+    """
+
+    pred: str
+    ok: bool
+    method: Literal["rules", "model"]
+
+
+class KeptRationale(Rationale):
+    """A rationale that passed every check, with the verifier's finding, as a `Rejection` has its reason."""
+
+    verifier: Verification
+
+
 class Segment(Record):
     """One sentence of a reflected answer with Self-RAG's judgements (arXiv 2310.11511 §3).
 

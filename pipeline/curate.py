@@ -1,7 +1,7 @@
 """curate: which of the teacher's rationales become training rows. Nothing is dropped silently.
 
 reads    rationales.jsonl, the domain's questions and generated.jsonl, the index
-writes   train.jsonl (`Example`), rejected.jsonl (`Rejection`); critiques.jsonl (`Critique`) where answers reflect
+writes   train.jsonl (`Example`), kept.jsonl (`KeptRationale`), rejected.jsonl (`Rejection`); critiques.jsonl (`Critique`) where answers reflect
 counts   in = kept + rejected = kept + Σ reasons.*
          rows = kept + irrelevant_extra + unanswerable_rows   (answers that reflect: see `pipeline.reflect_rows`, `pipeline.verdict_rows`)
               = gold_rows + rationale_rows + retrieved_rows + irrelevant_rows + unanswerable_rows
@@ -24,7 +24,7 @@ from domains.checks import Check, load_checks
 from domains.domain import Domain
 from domains.errors import StageError
 from domains.jsonl import read_jsonl, write_jsonl
-from domains.records import Example, Passage, Question, Rationale, Rejection
+from domains.records import Example, KeptRationale, Passage, Question, Rationale, Rejection
 from pipeline.augment import Sampling
 from pipeline.critics import open_critic
 from pipeline.decontaminate import ExamGuard
@@ -78,6 +78,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         )
         kept, rejected = _check(domain, questions, rationales, retriever.index.by_id, guard, checks, progress)
         with disk_errors(run.folder):
+            write_jsonl(run.kept, [_verified(item) for item in kept])
             write_jsonl(run.rejections, rejected)
         reasons = Counter(rejection.reason for rejection in rejected)
         require_some(kept, reasons, run.rejections)
@@ -215,6 +216,11 @@ def _check(
         rationale_in_target=config.curate.rationale_in_target,
     )
     return kept, [*rejected, *surplus]
+
+
+def _verified(item: Kept) -> KeptRationale:
+    assert item.verifier is not None  # the judge says what it passed
+    return KeptRationale(**item.rationale.model_dump(), verifier=item.verifier)
 
 
 def _builder(domain: Domain, retriever: Retriever) -> RowBuilder:

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from domains.checks import PASS, Check, Verdict
-from domains.records import Passage, Question, Rationale, Rejection
+from domains.records import Passage, Question, Rationale, Rejection, Verification
 from pipeline.decontaminate import ExamGuard
 from pipeline.near_duplicates import grams, jaccard
 from pipeline.progress import Progress
 from pipeline.rows import Kept, own_quotes, target
-from pipeline.verify import check_form, prose, quotes_stand, verify
+from pipeline.verify import check_form, predicted, prose, quotes_stand, verify
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,10 @@ class Judge:
             return Verdict(ok=False, reason="unknown_passage", detail=missing[0])
         passages = [self.passages[passage_id] for passage_id in rationale.passages]
         verdict = self._check(question, rationale, passages)
-        return verdict if not verdict.ok else Kept(question, rationale, passages)
+        if not verdict.ok:
+            return verdict
+        found = Verification(pred=predicted(question, rationale), ok=True, method="rules")
+        return Kept(question, rationale, passages, found)
 
     def _check(self, question: Question, rationale: Rationale, passages: list[Passage]) -> Verdict:
         verdict = check_form(rationale, min_words=self.min_words, max_words=self.max_words)

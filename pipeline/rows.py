@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from domains.records import Example, Message, Passage, Question, Rationale
+from domains.records import Example, Message, Passage, Question, Rationale, Verification
 from domains.words import find_literal, numbers, squash
 from pipeline.verify import as_shown, prose
 from pipeline.wording import recall
@@ -38,11 +38,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Kept:
-    """A rationale that passed every check, with its question and the passages that the teacher saw."""
+    """A rationale that passed every check, with its question and the passages that the teacher saw.
+
+    ``verifier`` is what it was passed by; None where it was not judged.
+    """
 
     question: Question
     rationale: Rationale
     passages: list[Passage]
+    verifier: Verification | None = None
 
 
 def gold_quotes(question: Question, passages: Sequence[Passage]) -> list[NumberedQuote]:

@@ -7,7 +7,8 @@ runs/<domain>/<name>/
     rationales.jsonl             elicit
     generated.jsonl              elicit: new seed questions (mostly none)
     elicit/                      every row of every step of elicit, with its status and reason
-    train.jsonl rejected.jsonl   curate (critiques.jsonl too, where answers reflect)
+    train.jsonl                  curate (critiques.jsonl too, where answers reflect)
+    kept.jsonl rejected.jsonl    curate: every rationale, with what the verifier read in it or the reason against it
     rerank/                      what the reranker learnt from, and how it fared
     train/                       adapter, checkpoint, loss curve
     export/                      merged student in F16, importance matrix
@@ -99,6 +100,11 @@ class Run:
     def critiques(self) -> Path:
         """`Critique` records: the labels behind reflected training rows."""
         return self.folder / "critiques.jsonl"
+
+    @property
+    def kept(self) -> Path:
+        """`KeptRationale` records: those that passed every check."""
+        return self.folder / "kept.jsonl"
 
     @property
     def rejections(self) -> Path:

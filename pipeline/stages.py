@@ -163,7 +163,7 @@ STAGES = (
         name="curate",
         summary="verified rationales -> training rows",
         reads=("questions", "generated", "index", "rationales", "checks", "instructions"),
-        writes=("examples", "rejections"),
+        writes=("examples", "kept", "rejections"),
         sections=(
             "domain", "curate", "retrieve", "teacher", "reflect.backend", "reflect.critic", "reflect.critic_sample",
             "reflect.max_unparsed", "reflect.passages", "reflect.no_retrieval_share", "reflect.partial_share",
@@ -270,6 +270,7 @@ def paths_of(what: str, domain: Domain, run: Run) -> list[Path]:
         "rationales": [run.rationales],
         "generated": [run.generated],
         "examples": [run.examples],
+        "kept": [run.kept],
         "rejections": [run.rejections],
         "reranker": [run.rerank / "result.json"],  # holds hashes of what lies in the bundle
         "adapter": [run.training / "adapter"],

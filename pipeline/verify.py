@@ -84,6 +84,22 @@ def verify(question: Question, rationale: Rationale) -> Verdict:
     return _verify_open(question, rationale)
 
 
+def predicted(question: Question, rationale: Rationale) -> str:
+    """The answer that the rules read in a rationale; empty where they read none.
+
+    Of options the one whose words it has most of; else what the teacher stated, or the prose says of yes and no.
+    """
+    stated = stated_answer(rationale)
+    if question.options:
+        shares = _option_shares(question.options, _said(rationale))
+        return max(shares, key=lambda letter: shares[letter])
+    if question.kind == "yes_no":
+        match = _POLARITY.search(prose(rationale.text))
+        said = next(group for group in match.groups() if group).lower() if match else ""
+        return parse_yes_no(stated) or said
+    return squash(stated)
+
+
 def _said(rationale: Rationale) -> str:
     """Prose and quotes, without the answer line: what has to carry the answer."""
     quotes = " ".join(quote for quote, _ in parse_reply(rationale.text).quotes)
@@ -110,16 +126,22 @@ def _verify_options(question: Question, rationale: Rationale) -> Verdict:
 
 def _supports_option(options: dict[str, str], gold: str, said: str) -> Verdict:
     """The gold option's words must be found more fully than any other option's."""
-    found = content_words(said) | set(words(said))
-    shares = {}
-    for letter, option in options.items():
-        wanted = content_words(option) or set(words(option))
-        shares[letter] = len(wanted & found) / len(wanted) if wanted else 0.0
+    shares = _option_shares(options, said)
     best = max((share, letter) for letter, share in shares.items() if letter != gold)
     if shares[gold] > best[0]:
         return PASS
     detail = f"shares {shares[gold]:.0%} of option {gold}'s words, {best[0]:.0%} of option {best[1]}'s"
     return Verdict(ok=False, reason="does_not_support_answer", detail=detail)
+
+
+def _option_shares(options: dict[str, str], said: str) -> dict[str, float]:
+    """How many of each option's words are found, from 0 to 1, by letter."""
+    found = content_words(said) | set(words(said))
+    shares = {}
+    for letter, option in options.items():
+        wanted = content_words(option) or set(words(option))
+        shares[letter] = len(wanted & found) / len(wanted) if wanted else 0.0
+    return shares
 
 
 def _verify_yes_no(question: Question, rationale: Rationale) -> Verdict:

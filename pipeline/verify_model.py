@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from domains.checks import Verdict
-from domains.records import Message, Passage, Question, Rejection
+from domains.records import Message, Passage, Question, Rejection, Verification
 from pipeline.judge import rejection
 from pipeline.progress import Progress
 from pipeline.rows import Kept
@@ -43,22 +44,22 @@ def verify_by_model(
     """
     closed = [item for item in kept if item.question.kind in {"options", "yes_no"}]
     progress.start("verifier: answers from rationales alone", len(closed))
-    wrong: dict[int, str] = {}
+    said: dict[int, str] = {}
     for item in closed:
-        said = predict(engine, item.question, item.rationale.text)
-        if said != item.question.answer:
-            wrong[id(item)] = said
+        said[id(item)] = predict(engine, item.question, item.rationale.text)
         progress.advance()
-    return [item for item in kept if id(item) not in wrong], [
-        rejection(
-            item.rationale,
-            Verdict(
-                ok=False, reason=REASON, detail=f"predicts {wrong[id(item)]}, gold is {item.question.answer}"
-            ),
-        )
-        for item in kept
-        if id(item) in wrong
-    ]
+    passed: list[Kept] = []
+    rejected: list[Rejection] = []
+    for item in kept:
+        found, gold = said.get(id(item)), item.question.answer
+        if found is None:
+            passed.append(item)
+        elif found == gold:
+            passed.append(replace(item, verifier=Verification(pred=found, ok=True, method="model")))
+        else:
+            verdict = Verdict(ok=False, reason=REASON, detail=f"predicts {found}, gold is {gold}")
+            rejected.append(rejection(item.rationale, verdict))
+    return passed, rejected
 
 
 def predict(engine: Engine, question: Question, text: str) -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from domains.domain import load_domain
 from domains.errors import ConfigError, StageError
 from domains.jsonl import read_jsonl, write_jsonl
-from domains.records import Document, Example, Passage, Question, Quote, Rationale, Rejection
+from domains.records import Document, Example, KeptRationale, Passage, Question, Quote, Rationale, Rejection
 from pipeline import curate
 from pipeline.decontaminate import ExamGuard
 from pipeline.judge import Judge, keep_clear, select
@@ -438,6 +438,16 @@ def test_the_stage_writes_rows_and_rejections_that_add_up(made):
     rows, rejected = read_jsonl(run.examples, Example), read_jsonl(run.rejections, Rejection)
     assert counts["in"] == 19 == counts["kept"] + counts["rejected"]
     assert counts["kept"] == 14
+    kept = read_jsonl(run.kept, KeptRationale)
+    assert len(kept) == 14
+    assert all(item.verifier.ok and item.verifier.method == "rules" for item in kept)
+    by_id = {item.question_id: item for item in kept}
+    assert by_id["alder-options"].verifier.pred == "B"
+    assert by_id["alder-open"].verifier.pred == "They wear copper coats."
+    assert {item.request for item in kept} == {row.request for row in rows if row.request}
+    # What the teacher said stays as it was written: the verifier's finding stands beside it.
+    said = {item.request: item for item in given}
+    assert all(Rationale(**item.model_dump(exclude={"verifier"})) == said[item.request] for item in kept)
     assert counts["rejected"] == sum(count for name, count in counts.items() if name.startswith("reasons."))
     assert len(rejected) == 5 + counts["unanswerable_contaminated"]
     assert (

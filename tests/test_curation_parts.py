@@ -15,7 +15,7 @@ from domains.words import find_literal, numbers, squash
 from pipeline.decontaminate import ExamGuard
 from pipeline.near_duplicates import grams, jaccard, near_duplicates
 from pipeline.rows import gold_quotes, speakable, target
-from pipeline.verify import check_form, prose, quotes_stand, verify
+from pipeline.verify import check_form, predicted, prose, quotes_stand, verify
 from pipeline.wording import content_words, recall, sentences
 from rag.answers import parse_reply
 
@@ -235,6 +235,18 @@ def test_open_rationale_must_carry_the_answer():
         == "does_not_support_answer"
     )
     assert verify(asked, rationale("Crystals of urate settle in joints.", "Urate crystals")).ok
+
+
+def test_the_rules_say_which_answer_they_read():
+    options = question("options", "Which side effect is common?", "B", options=OPTIONS)
+    closed = question("yes_no", "Does it?", "no", gold=[Quote(doc_id="d1", quote="It acts on the liver.")])
+    described = rationale("A metallic taste is described.", "Described.")
+    assert predicted(options, described) == "B"
+    assert predicted(closed, rationale("It acts on the liver.", "No, it does not.")) == "no"
+    assert predicted(closed, rationale("So, yes. It acts on the liver.")) == "yes"
+    assert predicted(closed, rationale("It acts on the liver.")) == ""  # read nowhere, so not claimed
+    assert predicted(question(), rationale("It takes two weeks in all.", "2  weeks")) == "2 weeks"
+    assert predicted(question(), rationale("It takes 2 weeks.", "It takes 2 weeks.")) == ""
 
 
 def test_quotes_must_stand_in_a_passage():

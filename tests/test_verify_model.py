@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from domains.records import Question, Rationale
+from domains.records import Question, Rationale, Verification
 from pipeline.progress import Silent
 from pipeline.rows import Kept
 from pipeline.verify_model import REASON, hide_letters, predict, verify_by_model
@@ -61,7 +61,9 @@ def test_a_rationale_for_another_answer_is_rejected_and_open_questions_pass(engi
     items = [Kept(closed, rationale(closed, text), []) for text in said]
     items.append(Kept(free, rationale(free, "Because."), []))
     kept, rejected = verify_by_model(engine, items, Silent())
-    assert kept == [items[0], items[2]]
+    assert [item.rationale.text for item in kept] == [said[0], "Because."]
+    assert kept[0].verifier == Verification(pred="C", ok=True, method="model")
+    assert kept[1] == items[2]  # what the rules said of it stays
     assert [(item.reason, item.text) for item in rejected] == [(REASON, said[1])]
     assert "predicts D, gold is C" in rejected[0].detail
 
