@@ -1,7 +1,7 @@
 """Measures rationale distillation: the reranker, the students of KARD's ablation, reflection and abstention.
 
-    python benchmarks/distillation.py              everything, about two hours on 2 cores
-    python benchmarks/distillation.py --quick      small samples, at most 15 minutes
+    python benchmarks/distillation.py              everything; never timed as a whole, see docs/results.md for parts of it
+    python benchmarks/distillation.py --quick      small samples, at most 15 minutes on 2 idle cores
     python benchmarks/distillation.py --json       the last line is one JSON object
     python benchmarks/distillation.py --parts retrieval abstention public
     python benchmarks/distillation.py --parts sweep --profile quick
@@ -22,7 +22,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from pipeline.base_gguf import base_gguf
 from pipeline.exam import draw_questions, exam_questions
 from pipeline.fit_reflection import fit_student
 from pipeline.job import run_job
+from pipeline.metrics import Mark
 from pipeline.progress import Lines, Progress
 from pipeline.public_sets_bench import (
     answer_confidence,
@@ -48,13 +49,13 @@ from pipeline.public_sets_bench import (
     retrieval_confidence,
 )
 from pipeline.recipe import QLORA, settings_of
-from pipeline.reflection_report import support_pairs
+from pipeline.reflection_bench import RESAMPLES, abstention, fit_to_development, reflection
 from pipeline.retrieval_bench import measure_case
 from pipeline.retrieval_cases import Case, corpus_case, medquad_case
 from pipeline.run_folder import Run, open_run
-from pipeline.selective_report import describe_selective
 from rag.retrieve import Retriever, open_retriever
 from serve.assistant import Assistant
+from serve.confidence import Calibration
 from serve.engine import Engine
 from serve.reflection import open_reflector
 from serve.reflection_fit import with_fit
@@ -74,7 +75,8 @@ PAIRS = (
 SWEEP_N, SWEEP_K, SWEEP_SHARE = 3, (1, 5), (0.0, 1.0)  # beside the options' own
 VOTES = 5  # replies a question in the arm kard_voted
 FIT_QUESTIONS = 40  # of the seed split, for threshold and weights of tokens_fitted
-RESAMPLES = 2000
+DEVELOPMENT = 200  # prompts that the confidence of quotes is fitted to: seed questions, with and without their documents
+QUICK_DEVELOPMENT = 30  # with fewer than 8 right answers among them the likelihood ranks
 QUICK_ROWS = 400  # of MedQuAD, to learn the reranker from
 QUICK_ASKED = 20  # of MedQuAD's test, for the student's abstention
 SHIPPED = ("medical", "product_requirements")
@@ -146,10 +148,10 @@ def measure_retrieval(options: argparse.Namespace, work: Path, progress: Progres
         rows=QUICK_ROWS if options.quick else 0,
     )
     arms = {name: found.pop(name) for name in ("bm25", "dense", "hybrid", "reranked")}
-    milliseconds = found.pop("rerank_ms_50")
+    milliseconds = {name: found.pop(name) for name in ("rerank_ms_50", "rerank_ms_100")}
     return {
         "retrieval": arms,
-        "rerank_ms_50": milliseconds,
+        **milliseconds,
         "retrieval_case": {"name": case.name, "split": options.split, **found},
     }
 
@@ -234,27 +236,57 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
             progress,
             open_engine=lambda gguf: Engine(gguf, context=config.student.context, parallel=PARALLEL),
         )
-    summary = ablation.summarise_marks(
-        marks, questions, against="base_rag", resamples=RESAMPLES, seed=config.exam.seed
-    )
-    for arm, given in answers.items():
-        summary[arm]["aurc"] = abstention(questions, given)["abstention_aurc"]
-    pairs = {
-        f"{one} - {other}": ablation.score_difference(
-            marks, (one, other), questions, resamples=RESAMPLES, seed=config.exam.seed
-        )
-        for one, other in PAIRS
-        if one in marks
-    }
+        progress.say("how sure may the student 'quotes' be? Asking seed questions")
+        with Engine(students["quotes"], context=config.student.context, parallel=PARALLEL) as engine:
+            calibration = fit_to_development(
+                domain,
+                engine,
+                hybrid,
+                conditions,
+                trained_on={row.question_id for row in ablation.rows_of(run)},
+                count=QUICK_DEVELOPMENT if options.quick else DEVELOPMENT,
+                progress=progress,
+            )
     facts = {
         "rationales": len(taught), "rows": rows_of, "questions": len(questions), "top_k": top_k, "keep": options.keep
     }  # fmt: skip
     return {
-        "students": summary,
+        **student_figures(questions, marks, answers, calibration, seed=config.exam.seed),
         "students_facts": facts,
+    }
+
+
+def student_figures(
+    questions: Sequence[Question],
+    marks: Mapping[str, Mapping[str, Mapping[str, Mark]]],
+    answers: Mapping[str, Sequence[Answer | None]],
+    calibration: Calibration,
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """What is said of the students: each arm, the pairs of `PAIRS`, reflection, abstention.
+
+    Args:
+        questions: the exam.
+        marks: by arm, question and metric, see `pipeline.ablation.ask`; ``base_rag`` and ``quotes`` are among the arms.
+        answers: by arm, one for each question.
+        calibration: fitted to the student of ``quotes``; an arm's own ``aurc`` is by its likelihood.
+        seed: of the bootstrap.
+    """
+    drawing: dict[str, Any] = {"resamples": RESAMPLES, "seed": seed}
+    summary = ablation.summarise_marks(marks, questions, against="base_rag", **drawing)
+    for arm, given in answers.items():
+        summary[arm]["aurc"] = abstention(questions, given, arm=arm)["abstention_aurc"]
+    pairs = {
+        f"{one} - {other}": ablation.score_difference(marks, (one, other), questions, **drawing)
+        for one, other in PAIRS
+        if one in marks and other in marks
+    }
+    return {
+        "students": summary,
         "students_pairs": pairs,
-        **reflection(summary, answers),
-        **abstention(questions, answers["quotes"]),
+        **reflection(questions, answers, seed=seed),
+        **abstention(questions, answers["quotes"], calibration),
     }
 
 
@@ -365,45 +397,6 @@ def fitted_to(
         seen = {row.question_id for row in rows}
         found, _ = fit_student(domain, assistant, count=FIT_QUESTIONS, trained_on=seen, progress=progress)
     return with_fit(reflect, found)
-
-
-def reflection(summary: dict[str, dict[str, Any]], answers: dict[str, list[Answer | None]]) -> dict[str, Any]:
-    """Retrieval rate and support precision, of the first reflecting arm that says anything of it, and which that was."""
-    found: dict[str, Any] = {"retrieval_rate": None, "support_precision": None, "reflecting_arm": {}}
-    for arm in ("tokens", "text", "grader"):
-        values = {
-            "retrieval_rate": summary.get(arm, {}).get("retrieval_rate"),
-            "support_precision": support_precision(answers.get(arm, [])),
-        }
-        for name, value in values.items():
-            if found[name] is None and value is not None:
-                found[name] = value
-                found["reflecting_arm"][name] = arm
-    return found
-
-
-def support_precision(answers: Sequence[Answer | None]) -> float | None:
-    """Of the answers that the student calls supported (at least half sure), the share that a passage carries."""
-    pairs = support_pairs([answer for answer in answers if answer is not None])
-    carried = [found for support, found in pairs if support >= 0.5]
-    return round(sum(carried) / len(carried), 4) if carried else None
-
-
-def abstention(questions: Sequence[Question], answers: Sequence[Answer | None]) -> dict[str, Any]:
-    """Area under the risk-coverage curve of the answers given, ranked by the model's own likelihood."""
-    found = describe_selective(
-        questions,
-        {"quotes": answers},
-        None,
-        clusters=[q.about for q in questions],
-        resamples=RESAMPLES,
-        seed=0,
-    )
-    if found is None:
-        return {"abstention_aurc": None}
-    arm = found["arms"]["quotes"]
-    facts = {name: arm[name] for name in ("answers", "right", "aurc", "random", "oracle", "wrong_at")}
-    return {"abstention_aurc": round(arm["aurc"]["mean"], 4), "abstention": facts}
 
 
 def measure_unanswerable(options: argparse.Namespace, work: Path, progress: Progress) -> dict[str, Any]:
