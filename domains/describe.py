@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from domains.config import DomainConfig, LeversSection
 from domains.records import Record
-from domains.steps import STEPS, JudgeOptions
+from domains.steps import STEPS, Budget, JudgeOptions
 
 _HEAD = """# Configuration: every key of domain.toml
 
@@ -41,6 +41,7 @@ def describe() -> str:
 def _steps() -> list[str]:
     """The tables below ``[elicit]``: the judge, and the options of every step."""
     parts = [_table("[elicit.judge]", JudgeOptions), *_rows(JudgeOptions)]
+    parts += [_table("budget of [[elicit.steps]]", Budget), *_rows(Budget)]
     for use, kind in STEPS.items():
         parts += [_table(f'[[elicit.steps]] use = "{use}"', kind), *_rows(kind, without="use")]
     return parts
@@ -74,6 +75,8 @@ def _brief(record: Record) -> dict[str, object]:
 def _allowed(field: FieldInfo) -> str:
     if field.annotation is LeversSection:
         return "a table, see below"
+    if field.annotation is Budget:
+        return "a table, see above: `{ calls = 400 }`"
     if "domains.steps" in str(field.annotation):
         return "a table, see below" if "list" not in str(field.annotation) else "a list of tables, see below"
     kind = str(field.annotation)

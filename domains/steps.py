@@ -25,8 +25,20 @@ class JudgeOptions(Record):
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
 
 
+class Budget(Record):
+    """The most that a step may take; left out: no cap but ``[teacher] max_cost``.
+
+    ``calls`` are requests to teacher and judge, those that the ledger answers too. Where the next row might not fit any more
+    the step ends with what it has: the rows that it did not get to go no further, and the report counts them.
+    """
+
+    calls: int | None = Field(default=None, ge=1)
+
+
 class StepOptions(Record):
     """The options of any step."""
+
+    budget: Budget = Budget()
 
 
 class GuardedStep(StepOptions):

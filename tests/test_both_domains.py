@@ -6,11 +6,12 @@ the shipped corpus (a slice of it, so that it is embedded in seconds) lie where 
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from pipeline.progress import Silent
 from pipeline.questions import read_all_questions
 from pipeline.run_folder import Run
 from pipeline.strategies.row import Row
+from rag import embed
 from rag.answers import is_abstention, parse_reply
 from rag.reflection import TOKENS
 from rag.retrieve import open_retriever
@@ -48,7 +50,17 @@ Tables = Mapping[str, Mapping[str, Any]]
 # -- a domain like the shipped one, with another domain.toml -----------------------------------------
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
+def one_encoder() -> Iterator[None]:
+    """The embedder's weights are read and checked once, not by every stage of every test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embed, "_weights_folder", functools.cache(embed._weights_folder))
+        weights = embed.minilm_weights()
+        patch.setattr(embed, "minilm_weights", lambda: dict(weights))
+        yield
+
+
+@pytest.fixture(scope="module")
 def shelves(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``corpora/`` with a slice of each shipped corpus and ``index/<domain>``, its index."""
     root = tmp_path_factory.mktemp("shelves")

@@ -167,6 +167,24 @@ def test_label_critique_rate_over_the_protocol(tmp_path: Path, home: Run) -> Non
         assert rows["1-label"][first].group == row.group
 
 
+def test_a_budget_of_calls_ends_a_step_and_the_stage_goes_on(tmp_path: Path, home: Run) -> None:
+    """An endpoint that costs nothing has no other cap."""
+    chain = CHAIN.replace('use = "critique_revise"\n', 'use = "critique_revise"\nbudget = { calls = 8 }\n')
+    with OpenAIServer(chain_script) as server:
+        domain = make_domain(tmp_path / "d", chain, base_url=server.base_url)
+        planned = plan(domain, home)
+        report = run(domain, home, Silent())
+        calls = Counter(part(call) for call in server.calls)
+    assert [step.requests for step in planned.steps] == [5, 8, 5]
+    assert calls["critique"] + calls["revise"] <= 8
+    told = {step["step"]: step for step in report.facts["steps"]}
+    step = told["2-critique_revise"]
+    assert step["budget"] == {"calls": 8, "used": calls["critique"] + calls["revise"]}
+    assert 0 < step["proposed"] < 5
+    assert step["ended_early"].endswith(f"{5 - step['proposed']} rows were not tried")
+    assert told["3-rate"]["proposed"] == step["kept"]
+
+
 def test_a_dry_run_shows_every_step_and_asks_nothing(tmp_path: Path, home: Run) -> None:
     from typer.testing import CliRunner
 
@@ -313,6 +331,14 @@ def test_the_default_is_one_labelling_step() -> None:
             "keep_share = 0: input should be greater than 0",
         ),
         ("[[elicit.steps]]\nkeep_share = 1\n", "elicit.steps.0.use: missing; known: critique_revise"),
+        (
+            '[[elicit.steps]]\nuse = "orca"\nbudget = { call = 4 }\n',
+            "budget.call: unknown key; did you mean 'calls'?",
+        ),
+        (
+            '[[elicit.steps]]\nuse = "orca"\nbudget = { calls = 0 }\n',
+            "budget.calls = 0: input should be greater than or equal to 1",
+        ),
         ("[elicit]\nsteps = []\n", "elicit.steps = []"),
         ('[elicit.judge]\nmodle = "x"\n', "elicit.judge.modle: unknown key; did you mean 'model'?"),
         ("[elicit]\nsample = 1\n", "elicit.sample: unknown key; did you mean 'samples'?"),

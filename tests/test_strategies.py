@@ -9,6 +9,7 @@ import pytest
 
 from domains.errors import BudgetExceeded, ConfigError, StageError, TeacherError
 from domains.jsonl import read_jsonl
+from domains.steps import STEPS
 from pipeline.strategies import label
 from pipeline.strategies.context import Ctx
 from pipeline.strategies.critique_revise import leak
@@ -16,7 +17,7 @@ from pipeline.strategies.drive import PILOT, Outcome, run_step
 from pipeline.strategies.generate_questions import agree
 from pipeline.strategies.grading import histogram, saturated
 from pipeline.strategies.orca import sample_evenly
-from pipeline.strategies.plan import prepare
+from pipeline.strategies.plan import plan_steps, prepare
 from pipeline.strategies.rate import select
 from pipeline.strategies.row import Made, Row, new_row, passage_row, seed_row
 from pipeline.teacher import Failure, Request
@@ -647,3 +648,83 @@ def test_a_context_asks_for_one_sample_at_temperature_0(tmp_path: Path) -> None:
     [one] = ctx.ask([Ask(ask.messages, n=3, role="judge")])
     assert ([said.sample for said in three], len(one)) == ([0, 1, 2], 1)
     assert len({said.call for said in [*three, *one]}) == 4
+
+
+# -- budgets -------------------------------------------------------------------------------------------
+
+
+def test_a_budget_of_calls_ends_a_step_with_what_it_has(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, {"label": lambda request, call: LABEL})
+    rows = [seed_row(question(number)) for number in range(70)]
+    outcome = drive(shelf, "orca", rows, messages=["steps"], budget={"calls": 60})
+    assert shelf.asked["label"] == 60
+    assert outcome.counts() == {"proposed": 60, "kept": 60, "rejected": 0, "unparsed": 0, "error": 0}
+    assert outcome.facts["budget"] == {"calls": 60, "used": 60}
+    assert outcome.facts["ended_early"] == (
+        "the budget is 60 calls, 60 are used and the next row may take 1; 10 rows were not tried"
+    )
+    assert len(read_jsonl(tmp_path / "orca.jsonl", Row)) == 60
+    shelf.new_desk()  # as another process would: the ledger answers, and the step ends in the same place
+    again = drive(shelf, "orca", rows, messages=["steps"], budget={"calls": 60})
+    assert shelf.asked["label"] == 60
+    assert again.rows == outcome.rows
+
+
+def test_a_budget_that_is_enough_says_nothing(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, {"label": lambda request, call: LABEL})
+    rows = [seed_row(question(number)) for number in range(3)]
+    outcome = drive(shelf, "orca", rows, messages=["steps"], budget={"calls": 3})
+    assert len(outcome.kept) == 3
+    assert "ended_early" not in outcome.facts
+
+
+def test_labelling_and_rating_take_as_many_rows_as_the_budget_has_samples_for(tmp_path: Path) -> None:
+    good = as_json({"reason": "Fine.", "score": 5})
+    shelf = Shelf(
+        tmp_path, {"label": lambda request, call: LABEL, "rate": lambda request, call: good}, samples=2
+    )
+    rows = [seed_row(question(number)) for number in range(4)]
+    labelled = drive(shelf, "label", rows, budget={"calls": 5})
+    assert shelf.asked["label"] == 4
+    assert len(labelled.rows) == 4
+    assert labelled.facts["ended_early"].endswith("2 rows were not tried")
+    rated = drive(shelf, "rate", tasks(30), keep_share=1.0, budget={"calls": 25})
+    assert shelf.asked["rate"] == 25, "the pilot's calls are those of the whole"
+    assert rated.facts["ended_early"].endswith("5 rows were not tried")
+
+
+def test_a_row_is_begun_only_where_all_of_its_calls_fit(tmp_path: Path) -> None:
+    """A critique and a revision each round: at most five calls, of which a content critic takes one."""
+    shelf = Shelf(tmp_path, {"critique": lambda request, call: CRITIC_STOPS})
+    outcome = drive(shelf, "critique_revise", tasks(10), budget={"calls": 8})
+    # One row may take five of eight; it took one, and so on until fewer than five are left.
+    assert shelf.asked == {"critique": 4}
+    assert len(outcome.kept) == 4
+    assert outcome.facts["budget"] == {"calls": 8, "used": 4}
+    none = drive(shelf, "critique_revise", tasks(10), budget={"calls": 4})
+    assert none.rows == []
+    assert none.facts["ended_early"].endswith("10 rows were not tried")
+
+
+def test_generated_questions_and_their_checks_share_a_budget(tmp_path: Path) -> None:
+    items: dict[str, object] = {name: [item(name)] for name in ("kettle", "toaster", "oven")}
+    shelf = shelf_for_questions(tmp_path, items)
+    outcome = drive(shelf, "generate_questions", doc_rows(), per_passage=1, budget={"calls": 5})
+    assert shelf.asked.total() <= 5
+    assert shelf.asked == {"generate_questions": 2, "answer_question": 2}
+    assert len(outcome.kept) == 2
+    assert outcome.facts["ended_early"].endswith("1 rows were not tried")
+
+
+def test_a_plan_knows_the_budgets(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, {}, samples=2)
+    chain = [
+        STEPS["label"].model_validate({"use": "label", "budget": {"calls": 7}}),
+        STEPS["critique_revise"].model_validate({"use": "critique_revise", "budget": {"calls": 20}}),
+        STEPS["rate"].model_validate({"use": "rate"}),
+    ]
+    rows = {"seed": [seed_row(question(number)) for number in range(10)], "doc": []}
+    planned = plan_steps(prepare(chain, {}), rows, shelf.material, shelf.desk)
+    assert [(step.rows, step.requests) for step in planned.steps[:2]] == [(3, 6), (7, 20)]
+    assert planned.total.requests == 6 + 20 + planned.steps[2].requests
+    assert shelf.asked.total() == 0

@@ -128,7 +128,10 @@ class Ctx:
         material: the domain's questions, passages and prompt.
         templates: the strategy's prompts by name.
         tally: counts; a strategy calls `propose` before it asks.
+        calls_per_row: the most requests that one row takes.
         facts: measurements that the report shows (a histogram, warnings).
+        calls: keys of the requests so far, those answered from the ledger too: a budget that is used up in one run
+            is used up in the same place when the run is repeated.
     """
 
     name: str
@@ -137,8 +140,10 @@ class Ctx:
     material: Material
     templates: Mapping[str, Template]
     asker: Asker
+    calls_per_row: int = 1
     tally: Tally = field(default_factory=Tally)
     facts: dict[str, Any] = field(default_factory=dict)
+    calls: set[str] = field(default_factory=set)
 
     def ask(self, asks: Sequence[Ask], *, tell: bool = False) -> list[list[Said]]:
         """Put requests through the ledger, several at a time; nothing is asked twice, none again for what it says.
@@ -155,7 +160,9 @@ class Ctx:
             StageError: the teacher answers none of the first requests.
             TeacherError: the teacher can't be asked.
         """
-        return self.asker.ask(asks, tell=tell)
+        heard = self.asker.ask(asks, tell=tell)
+        self.calls.update(said.call for replies in heard for said in replies)
+        return heard
 
     def options_as(self, kind: type[O]) -> O:
         """The step's options with their own type."""
@@ -174,18 +181,47 @@ class Ctx:
     def rounds(self, rows: Iterable[Row], *, size: int = ROUND) -> Iterator[list[Row]]:
         """Rows in rounds: the requests of a round run side by side, its outcomes are given before the next.
 
-        Ends early where the last `ROUND` proposals were hardly ever kept (``min_yield``).
+        Ends early where the last `ROUND` proposals were hardly ever kept (``min_yield``), or where the budget has
+        no room for another row.
         """
-        waiting, min_yield = iter(rows), self.options_as(RoundsStep).min_yield
-        while batch := list(itertools.islice(waiting, size)):
-            recent = self.tally.recent
-            if len(recent) == recent.maxlen and sum(recent) < min_yield * len(recent):
-                left = len(batch) + sum(1 for _ in waiting)
-                self.tally.stopped = f"{sum(recent)} of the last {len(recent)} proposals were kept"
-                self.tally.skipped += left
+        waiting = iter(rows)
+        while batch := list(itertools.islice(waiting, max(1, self._room(size)))):
+            if stopped := self._low_yield() or self._used_up():
+                self._end(stopped, skipped=len(batch) + sum(1 for _ in waiting))
                 return
             self.tally.attempted += len(batch)
             yield batch
+
+    def affordable(self, rows: Iterable[Row]) -> list[Row]:
+        """The first rows that the budget has room for, where all are asked at once; the others are booked as not tried."""
+        given = list(rows)
+        taken = given[: self._room(len(given))]
+        if skipped := len(given) - len(taken):
+            self._end(self._used_up(after=len(taken)), skipped=skipped)
+        return taken
+
+    def _room(self, rows: int) -> int:
+        """How many of so many rows the budget has room for."""
+        most = self.options.budget.calls
+        return rows if most is None else min(rows, (most - len(self.calls)) // self.calls_per_row)
+
+    def _low_yield(self) -> str:
+        recent, min_yield = self.tally.recent, self.options_as(RoundsStep).min_yield
+        if len(recent) == recent.maxlen and sum(recent) < min_yield * len(recent):
+            return f"{sum(recent)} of the last {len(recent)} proposals were kept"
+        return ""
+
+    def _used_up(self, *, after: int = 0) -> str:
+        """Why no row can follow the next ``after`` ones; empty where one can."""
+        if self._room(after + 1) > after:
+            return ""
+        most, per_row = self.options.budget.calls, self.calls_per_row
+        used = len(self.calls) + after * per_row
+        return f"the budget is {most} calls, {used} are used and the next row may take {per_row}"
+
+    def _end(self, why: str, *, skipped: int) -> None:
+        self.tally.stopped = why
+        self.tally.skipped += skipped
 
     def made(self, *said: Said, op: str = "", prompt: str = "", writer: Row | Said | None = None) -> Made:
         """Provenance of a row that rests on these replies.

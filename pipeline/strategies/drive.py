@@ -41,6 +41,8 @@ class Outcome:
 def run_step(entry: Entry, rows: Sequence[Row], make_ctx: Callable[[], Ctx], *, file: Path) -> Outcome:
     """Run a strategy over the rows that it chooses among ``rows`` and write what it gives.
 
+    Where the step's budget of calls is used up it ends as if there were no more rows; those left are in ``facts``.
+
     The first `PILOT` rows run alone before the others; their answers are in the ledger, so that the whole run
     does not pay for them again.
 
@@ -71,6 +73,8 @@ def _run(entry: Entry, chosen: Sequence[Row], ctx: Ctx, file: Path) -> Outcome:
     assert ctx.tally.balanced, f"{entry.name}: {ctx.tally.proposed} proposed, {len(given)} given"
     write_jsonl(file, given)
     facts = dict(ctx.facts)
+    if ctx.options.budget.calls is not None:
+        facts["budget"] = {"calls": ctx.options.budget.calls, "used": len(ctx.calls)}
     if ctx.tally.skipped:
         facts["ended_early"] = f"{ctx.tally.stopped}; {ctx.tally.skipped} rows were not tried"
     facts["reasons"] = dict(ctx.tally.reasons.most_common())

@@ -24,7 +24,7 @@ def asks(rows: Sequence[Row], ctx: Ctx) -> list[tuple[Ask, list[str]]]:
 
 def label(rows: Iterable[Row], ctx: Ctx) -> Iterator[Row]:
     """One row per question and sample; whether it carries the answer is for curation to judge."""
-    seeds = list(rows)
+    seeds = ctx.affordable(rows)
     requests = asks(seeds, ctx)
     heard = ctx.ask([ask for ask, _ in requests], tell=True)
     ctx.propose(sum(len(replies) for replies in heard))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,7 +35,8 @@ class PreparedStep:
     def context(self, material: Material, desk: Desk) -> Ctx:
         """A fresh context of the step."""
         entry = self.entry
-        return Ctx(entry.name, entry.version, self.options, material, self.templates, desk)
+        per_row = entry.estimate(1, self.options, material.samples).calls
+        return Ctx(entry.name, entry.version, self.options, material, self.templates, desk, per_row)
 
 
 @dataclass(frozen=True)
@@ -125,17 +127,33 @@ def plan_steps(
         entry = step.entry
         there = entry.choose(rows.get(entry.needs, ()), step.context(material, desk))
         more = guessed[entry.needs]
-        cost = entry.estimate(len(there) + more, step.options, material.samples)
+        cost = within_budget(entry.estimate(len(there) + more, step.options, material.samples), step.options)
         guessed[entry.gives] = cost.rows + (0 if entry.gives == entry.needs else guessed[entry.gives])
         planned.append(_planned(step, there, more, cost, material, desk))
     return Plan(planned, _total(planned, desk))
+
+
+def within_budget(cost: Cost, options: StepOptions) -> Cost:
+    """What is left of an estimate under the step's budget of calls."""
+    most = options.budget.calls
+    if most is None or cost.calls <= most:
+        return cost
+    share = most / cost.calls
+    return Cost(
+        most,
+        math.ceil(cost.prompt_tokens * share),
+        math.ceil(cost.completion_tokens * share),
+        min(cost.rows, most),
+    )
 
 
 def _planned(
     step: PreparedStep, there: Sequence[Row], more: int, cost: Cost, material: Material, desk: Desk
 ) -> PlannedStep:
     if isinstance(step.options, LabelStep):
+        there = step.context(material, desk).affordable(there)
         exact = desk.estimate([ask for ask, _ in label.asks(there, step.context(material, desk))])
+        more = (cost.calls - len(there) * material.samples) // material.samples
         rest = step.entry.estimate(more, step.options, material.samples)
         return PlannedStep(
             step.name,

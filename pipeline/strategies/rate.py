@@ -44,7 +44,7 @@ from the passages. 1: wrong or useless. First write the reason, then the score. 
 def rate(rows: Iterable[Row], ctx: Ctx) -> Iterator[Row]:
     """All rows with their rating; those below the cut are rejected. The order stays."""
     options = ctx.options_as(RateStep)
-    given = list(rows)
+    given = ctx.affordable(rows)
     ctx.propose(len(given))
     asks = [_ask(row, ctx, options) for row in given]
     rated = []
