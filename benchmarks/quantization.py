@@ -37,7 +37,7 @@ import torch
 from domains.domain import Domain, load_domain
 from domains.records import Example, Passage, Question
 from domains.routes import LEARNING_RATES, Grid
-from pipeline.candidates import CANDIDATES, Materials, Measured, measure, possible
+from pipeline.candidates import CANDIDATES, ON_REQUEST, Materials, Measured, measure, possible
 from pipeline.exact_files import find_strangers, write_adapter, write_exact
 from pipeline.fidelity import Fidelity, Reference, Text
 from pipeline.gguf_tensors import read_packed
@@ -75,17 +75,15 @@ ROUTES: tuple[tuple[str, Grid | None], ...] = (
 )  # fmt: skip
 # Left out with --quick, to bound its time; the full run has them.
 NOT_QUICK = {
-    "default": {"mse-q4_0", "gptq-q4_1", "r2-gptq-q4_0", "learned-gptq-q4_0", "tuned-gptq-q4_0"},
-    "k-capable": {
-        "rtn-q4_0",
-        "mse-q4_0",
-        "gptq-q4_0",
-        "gptq-q4_1",
-        "r2-gptq-q4_0",
-        "learned-gptq-q4_0",
-        "tuned-gptq-q4_0",
+    "default": {
+        "mse-q4_0", "gptq-q4_1", "r2-gptq-q4_0", "learned-gptq-q4_0", "learned-kl-gptq-q4_0", "tuned-gptq-q4_0",
+        "qalora-q4_0",
     },
-}
+    "k-capable": {
+        "rtn-q4_0", "mse-q4_0", "gptq-q4_0", "gptq-q4_1", "r2-gptq-q4_0", "learned-gptq-q4_0", "learned-kl-gptq-q4_0",
+        "tuned-gptq-q4_0", "qat-q4_0", "qalora-q4_1", "qalora-q4_0",
+    },
+}  # fmt: skip
 MOST_BITS = 4.6  # of the blocks, for the comparison with llama.cpp's own Q4_0
 
 
@@ -158,7 +156,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="of the candidates")
     names = [each.name for each in CANDIDATES]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="candidates (default: all)")
+    known = [*names, *(each.name for each in ON_REQUEST)]
+    more = ", ".join(known[len(names) :])
+    parser.add_argument(
+        "--only", nargs="+", choices=known, default=names, help=f"candidates (default: all but {more})"
+    )
     parser.add_argument("--domain", default="medical", help="name or folder (default: medical)")
     beside = ROOT.parent / "shared" / "data"
     parser.add_argument(
@@ -329,7 +331,7 @@ def measure_candidates(
         left_out = NOT_QUICK[name] if options.quick else set()
         chosen = [
             each
-            for each in possible(CANDIDATES, materials)
+            for each in possible([*CANDIDATES, *ON_REQUEST], materials)
             if each.name in options.only and each.name not in left_out
         ]
         exam = None if name != "default" else lambda path: ask(ground, path)

@@ -16,7 +16,9 @@ from domains.steps import STEPS, JudgeOptions, LabelStep, Step
 
 GgufType = Literal["F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K_M"]
 AnswersBy = Literal["student", "evidence"]
-Rounding = Literal["rtn", "mse", "gptq", "r2-gptq", "r1r2-gptq", "learned-gptq", "tuned-gptq"]
+Rounding = Literal[
+    "rtn", "mse", "gptq", "r2-gptq", "r1r2-gptq", "learned-gptq", "learned-kl-gptq", "learned-ce-gptq", "tuned-gptq"
+]  # fmt: skip
 KvCache = Literal["f16", "q8_0", "q4_0"]
 Share = Annotated[float, Field(ge=0, le=1)]
 OnUnsupported = Literal["withdraw", "drop", "mark", "keep"]
@@ -281,9 +283,10 @@ class ExportSection(Record):
     With a ``grid`` in ``[train]``, ``serve`` and ``formats`` are that grid where they are left out, and ``serve`` can be
     no other: the file holds the blocks that were trained. Every other format is made by llama.cpp's quantizer.
     ``rounding`` says how the served file of another student gets onto its grid: by ``llama.cpp``'s quantizer; to the
-    nearest (``rtn``), with searched scales (``mse``), by GPTQ, with R2 or R1 and R2 rotated first, with learned
-    rotations (SpinQuant), or with these and scales tuned afterwards; ``search`` makes all of them and more, measures
-    them and serves the fastest that is as near as ``[parity]`` asks. SpinQuant's R3 is llama.cpp's own where ``[serve] kv_cache``
+    nearest (``rtn``), with searched scales (``mse``), by GPTQ, with R2 or R1 and R2 rotated first, with rotations
+    learned (SpinQuant) on the error that GPTQ will leave (``learned-gptq``), on the KL (``learned-kl-gptq``) or the
+    cross-entropy (``learned-ce-gptq``) of the rounded network, or with the first of these and scales tuned afterwards;
+    ``search`` makes most of them and more, measures them and serves the fastest that is as near as ``[parity]`` asks. SpinQuant's R3 is llama.cpp's own where ``[serve] kv_cache``
     is quantized; R4 has no place in stock llama.cpp: SiLU does not commute with it.
     """
 

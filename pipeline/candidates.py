@@ -22,7 +22,7 @@ from pipeline.imatrix import Imatrix
 from pipeline.packing import Row
 from pipeline.progress import Progress
 from pipeline.retrain import RetrainMethod, retrain
-from pipeline.roundings import Learning, round_student
+from pipeline.roundings import LOSSES, Learning, round_student
 from pipeline.speed import Speed, measure_speed
 from pipeline.student import Base
 from pipeline.training_loop import Settings
@@ -69,10 +69,14 @@ CANDIDATES = _plan(
     ("r2-gptq", "Q4_0"),
     ("r1r2-gptq", "Q4_0"),
     ("learned-gptq", "Q4_0"),
+    ("learned-kl-gptq", "Q4_0"),
     ("tuned-gptq", "Q4_0"),
     ("qat", "Q4_0"),
     ("qalora", "Q4_1"),
+    ("qalora", "Q4_0"),
 )
+ON_REQUEST = _plan(("learned-ce-gptq", "Q4_0"))
+"""Made where they are named; a search leaves them out, for its time."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ class Measured:
         kl = self.fidelity.kl
         return {
             "name": self.candidate.name,
+            "rotation_loss": LOSSES.get(self.candidate.how),
             "bytes": self.bytes,
             "untied_bytes": self.untied_bytes,
             "block_bits_per_weight": round(self.block_bits_per_weight, 3),

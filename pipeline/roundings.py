@@ -5,8 +5,10 @@
     gptq           norm gains folded into the layers behind them, then GPTQ on the grid (`pipeline.gptq`)
     r2-gptq        the values of each layer's heads rotated by a Hadamard matrix, then GPTQ
     r1r2-gptq      the residual stream rotated too: embeddings are untied, then GPTQ
-    learned-gptq   both rotations learned by Cayley descent (SpinQuant, arXiv 2405.16406), then GPTQ
-    tuned-gptq     the same, then block scales and norms tuned on the KL (`pipeline.tune_scales`)
+    learned-gptq   both rotations learned by Cayley descent (SpinQuant, arXiv 2405.16406) on the error that GPTQ is
+                   predicted to leave, then GPTQ
+    learned-kl-gptq, learned-ce-gptq   the same, learned on the KL or the cross-entropy of the rounded network
+    tuned-gptq     learned-gptq, then block scales and norms tuned on the KL (`pipeline.tune_scales`)
 
 Embedding and output matrix are Q8_0 in all of them.
 """
@@ -16,18 +18,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from domains.config import Rounding
 from pipeline.grids import Blocks, GridName, Packed, encode, fit, pack
 from pipeline.qlora import BLOCK_LINEARS, training_dtype
+from pipeline.spin import RotationLoss
 
 if TYPE_CHECKING:
     import torch
 
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
-ROTATING: frozenset[str] = frozenset({"r2-gptq", "r1r2-gptq", "learned-gptq", "tuned-gptq"})
-Loss = Literal["kl", "ce", "error"]
+LOSSES: Mapping[str, RotationLoss] = {
+    "learned-gptq": "error", "learned-kl-gptq": "kl", "learned-ce-gptq": "ce", "tuned-gptq": "error",
+}  # fmt: skip
+"""On what a rounding learns its rotations, where it does."""
+ROTATING: frozenset[str] = frozenset({"r2-gptq", "r1r2-gptq", *LOSSES})
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,6 @@ class Learning:
 
     steps: int = 24
     learning_rate: float = 1.0
-    loss: Loss = "error"
     tuning_steps: int = 24
     sweeps: int = 2
 
@@ -68,7 +73,7 @@ def round_student(
         grid: of the linear layers inside the blocks.
         batches: calibration text, token ids each [rows, length]; not used by ``rtn`` and ``mse``.
         seed: of the rotations.
-        learning: how ``learned-gptq`` learns.
+        learning: how the roundings that learn do.
         on_layer: told of finished layers, and of all.
     """
     if rounding in {"rtn", "mse"}:
@@ -79,8 +84,6 @@ def round_student(
         }
         _put(network, blocks)
         return Rounded(network, _packed(network, blocks), 0)
-    import torch
-
     from pipeline.gptq import collect_and_round
     from pipeline.rotate import fold_norms
 
@@ -95,8 +98,9 @@ def round_student(
     if rounding == "tuned-gptq":
         from pipeline.tune_scales import tune_scales
 
-        fast = training_dtype() == torch.bfloat16
-        blocks = tune_scales(network, reference, blocks, batches, steps=learning.tuning_steps, bfloat16=fast)
+        blocks = tune_scales(
+            network, reference, blocks, batches, steps=learning.tuning_steps, bfloat16=_fast_bfloat16()
+        )
     return Rounded(network, _packed(network, blocks), untied)
 
 
@@ -112,17 +116,23 @@ def _rotate(
 
     turns_stream = rounding != "r2-gptq"
     untied = fold_norms(network, final=turns_stream)
-    if rounding in {"learned-gptq", "tuned-gptq"}:
+    if rounding in LOSSES:
         from pipeline.spin import learn_rotations
 
         rotations = learn_rotations(
-            network, batches, grid=grid, loss=learning.loss, steps=learning.steps,
-            learning_rate=learning.learning_rate, seed=seed, r1=True, r2=True,
+            network, batches, grid=grid, loss=LOSSES[rounding], steps=learning.steps,
+            learning_rate=learning.learning_rate, seed=seed, r1=True, r2=True, bfloat16=_fast_bfloat16(),
         )  # fmt: skip
     else:
         rotations = random_rotations(network, r1=turns_stream, r2=True, seed=seed)
     rotate(network, rotations.r1, rotations.r2s)
     return untied
+
+
+def _fast_bfloat16() -> bool:
+    import torch
+
+    return training_dtype() == torch.bfloat16
 
 
 def _block_weights(network: Any) -> dict[str, torch.Tensor]:

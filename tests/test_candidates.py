@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from pipeline.candidates import CANDIDATES, Materials, Measured, measure, possible, weigh
+from pipeline import roundings, spin
+from pipeline.candidates import CANDIDATES, ON_REQUEST, Materials, Measured, measure, possible, weigh
 from pipeline.choose_format import choose
 from pipeline.fidelity import Fidelity, Reference, Text
 from pipeline.imatrix import collect_imatrix
 from pipeline.packing import Row
 from pipeline.progress import Silent
-from pipeline.roundings import Learning
+from pipeline.rotate import random_rotations
+from pipeline.roundings import LOSSES, Learning, round_student
 from pipeline.speed import Speed
 from pipeline.student import load_base
 from pipeline.student_files import write_f16
 from pipeline.training_loop import Settings
+from tests.small_models import small_llama
 from tests.tiny_llama import make_tiny_llama
 
 SETTINGS = Settings(
@@ -48,27 +52,56 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Mea
         settings=SETTINGS, learning=Learning(steps=2, tuning_steps=2),
     )  # fmt: skip
     reference = Reference.of_file(f16, [Text(tuple(ids(80).tolist())) for _ in range(6)])
-    found = measure(CANDIDATES, materials, folder / "files", reference, Silent(), speed=False)
+    found = measure([*CANDIDATES, *ON_REQUEST], materials, folder / "files", reference, Silent(), speed=False)
     yield {each.candidate.name: each for each in found}
     for name, tensor in base.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name  # every candidate starts from the same student
-    assert len(possible(CANDIDATES, replace(materials, rows=[]))) == len(CANDIDATES) - 2
+    assert len(possible(CANDIDATES, replace(materials, rows=[]))) == len(CANDIDATES) - 3
 
 
 def test_every_candidate_becomes_a_file_that_llama_cpp_runs(measured: dict[str, Measured]) -> None:
-    assert list(measured) == [each.name for each in CANDIDATES]
+    assert list(measured) == [each.name for each in (*CANDIDATES, *ON_REQUEST)]
     for name, each in measured.items():
         assert 0 < each.fidelity.kl.mean < 0.2, name
         assert weigh(each.path) == (each.bytes, each.block_bits_per_weight, each.untied_bytes)
     assert measured["gptq-q4_0"].block_bits_per_weight == 4.5
     assert measured["qalora-q4_1"].block_bits_per_weight == 5.0
+    assert measured["qalora-q4_0"].block_bits_per_weight == 4.5  # its multiplicative form
 
 
 def test_only_a_rotated_stream_unties(measured: dict[str, Measured]) -> None:
     untied = {name for name, each in measured.items() if each.untied_bytes}
-    assert untied == {"r1r2-gptq-q4_0", "learned-gptq-q4_0", "tuned-gptq-q4_0"}
+    assert untied == {"r1r2-gptq-q4_0", *(f"{rounding}-q4_0" for rounding in LOSSES)}
     bigger = measured["r1r2-gptq-q4_0"].bytes - measured["gptq-q4_0"].bytes
     assert bigger == pytest.approx(measured["r1r2-gptq-q4_0"].untied_bytes, rel=0.05)
+
+
+def test_a_learned_rotation_says_on_what_it_was_learned(measured: dict[str, Measured]) -> None:
+    told = {name: loss for name, each in measured.items() if (loss := each.row()["rotation_loss"])}
+    assert told == {
+        "learned-gptq-q4_0": "error", "learned-kl-gptq-q4_0": "kl", "learned-ce-gptq-q4_0": "ce",
+        "tuned-gptq-q4_0": "error",
+    }  # fmt: skip
+    files = [measured[name].path.read_bytes() for name in told]
+    assert len(set(files)) == len(files)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_rotations_are_learned_on_the_loss_that_the_rounding_names(
+    fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, Any, Any]] = []
+
+    def learn(network: Any, _batches: Any, **how: Any) -> Any:
+        asked.append((how["loss"], how["bfloat16"], how["steps"]))
+        return random_rotations(network, r1=True, r2=True, seed=0)
+
+    monkeypatch.setattr(spin, "learn_rotations", learn)
+    monkeypatch.setattr(roundings, "training_dtype", lambda: torch.bfloat16 if fast else torch.float32)
+    batches = [torch.arange(64).reshape(2, 32)]
+    for rounding in ("r1r2-gptq", "learned-gptq", "learned-kl-gptq", "learned-ce-gptq"):
+        round_student(small_llama(), rounding, "Q4_0", batches, seed=0, learning=Learning(steps=5))
+    assert asked == [("error", fast, 5), ("kl", fast, 5), ("ce", fast, 5)]
 
 
 def test_compensation_and_search_help(measured: dict[str, Measured]) -> None:
