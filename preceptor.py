@@ -617,6 +617,8 @@ def _print_search(found: dict[str, Any]) -> None:
     console.print(table)
     for reason in found["reasons"]:
         console.print(f"  {escape(reason)}", highlight=False, soft_wrap=True)
+    if found.get("rotation"):
+        console.print(f"  {escape(found['rotation'])}", highlight=False, soft_wrap=True)
     console.print('To keep the choice for `run`: [export] rounding = "search" in domain.toml.', markup=False)
 
 

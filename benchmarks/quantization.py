@@ -1,6 +1,6 @@
 """Measures the routes from a trained student to the file that is served: exactness, and quality at equal bits.
 
-    python benchmarks/quantization.py              everything, about an hour on 2 cores
+    python benchmarks/quantization.py              everything, about an hour and a half on 2 cores
     python benchmarks/quantization.py --quick      small samples, at most 15 minutes
     python benchmarks/quantization.py --json       the last line is one JSON object
     python benchmarks/quantization.py --parts candidates --networks default --only gptq-q4_0 llamacpp-q4_0-imatrix
@@ -10,7 +10,8 @@ exactness   each [train] method trains a few rows; the file's blocks are compare
             them the usual way: a QLoRA adapter merged into the unquantized base, then Q4_K_M.
 candidates  files of one student, compared with it in full precision: `default` is the default model, fine-tuned
             (untouched, its weights lie on the Q4_1 grid); `k-capable` the default model cut to widths that K-quants
-            divide (SliceGPT's way), then trained here with all of its weights.
+            divide (SliceGPT's way), then trained here with all of its weights. Both have the same table; with --quick
+            the second is not retrained. Rotations learned on the cross-entropy: --only learned-ce-gptq-q4_0.
 
 Texts: wikitext articles where ``--data`` has them (folder ``wikitext2_test``) and documents of the exam split, none of
 them used in training or calibration. The exam: questions of the exam split with their gold passages.
@@ -37,7 +38,9 @@ import torch
 from domains.domain import Domain, load_domain
 from domains.records import Example, Passage, Question
 from domains.routes import LEARNING_RATES, Grid
-from pipeline.candidates import CANDIDATES, ON_REQUEST, Materials, Measured, measure, possible
+from pipeline.bootstrap import Interval
+from pipeline.candidates import CANDIDATES, ON_REQUEST, Materials, Measured, mean_score, measure, possible
+from pipeline.choose_format import compare_rotations
 from pipeline.exact_files import find_strangers, write_adapter, write_exact
 from pipeline.fidelity import Fidelity, Reference, Text
 from pipeline.gguf_tensors import read_packed
@@ -312,42 +315,60 @@ def measure_candidates(
     rows: list[dict[str, Any]] = []
     facts: dict[str, Any] = {}
     for name in options.networks:
-        folder = work / name
-        folder.mkdir(parents=True, exist_ok=True)
         progress.say(f"-- network {name}")
-        base, trained_rows, about = (
-            fine_tuned(ground, folder, progress) if name == "default" else k_capable(ground, progress)
-        )
-        texts, split = unseen_texts(ground, base)
-        batches = calibration(ground, base, trained_rows)
-        f16 = folder / "F16.gguf"
-        write_f16(f16, base.model, base, title=name)
-        materials = Materials(
-            network=base.model, base=base, f16=f16, batches=batches, rows=trained_rows,
-            imatrix=collect_imatrix(base.model, [ids for batch in batches for ids in batch.tolist()], max_tokens=10**9),
-            settings=replace(ground.settings, epochs=1), learning=Learning(steps=ground.sizes.learning_steps, tuning_steps=ground.sizes.learning_steps), seed=options.seed,
-        )  # fmt: skip
-        reference = Reference.of_file(f16, texts)
-        left_out = NOT_QUICK[name] if options.quick else set()
-        chosen = [
-            each
-            for each in possible([*CANDIDATES, *ON_REQUEST], materials)
-            if each.name in options.only and each.name not in left_out
-        ]
-        exam = None if name != "default" else lambda path: ask(ground, path)
-        found = list(measure(chosen, materials, folder, reference, progress, exam=exam))
-        itself = reference.measure(f16)
-        rows += [{**each.row(), "network": name, **wikitext(each.fidelity, split)} for each in found]
-        facts[name] = {
-            **about,
-            "perplexity": round(itself.perplexity, 3),
-            **wikitext(itself, split),
-            "positions": sum(itself.positions),
-            "calibration_tokens": sum(batch.numel() for batch in batches),
-            "exam": round(sum(scores) / len(scores), 4) if exam and (scores := exam(f16)) else None,
-            "comparisons": comparisons(found),
-        }
+        own, facts[name] = measure_network(name, options, ground, work / name, progress)
+        rows += own
     return {"candidates": rows, "networks": facts}
+
+
+def measure_network(
+    name: str, options: argparse.Namespace, ground: Ground, folder: Path, progress: Progress
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """One network's table, and what it says of the network itself."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if name == "default":
+        base, trained_rows, about = fine_tuned(ground, folder, progress)
+        batches = calibration(ground, base, trained_rows)
+    else:
+        base, trained_rows, about = k_capable(ground, progress)
+        batches = calibration(ground, base, ())  # it was healed on text and has seen no rows
+    texts, split = unseen_texts(ground, base)
+    f16 = folder / "F16.gguf"
+    write_f16(f16, base.model, base, title=name)
+    steps = ground.sizes.learning_steps
+    materials = Materials(
+        network=base.model, base=base, f16=f16, batches=batches, rows=trained_rows,
+        imatrix=collect_imatrix(base.model, [ids for batch in batches for ids in batch.tolist()], max_tokens=10**9),
+        settings=replace(ground.settings, epochs=1), learning=Learning(steps=steps, tuning_steps=steps),
+        seed=options.seed,
+    )  # fmt: skip
+    reference = Reference.of_file(f16, texts)
+    left_out = NOT_QUICK[name] if options.quick else set()
+    chosen = [
+        each
+        for each in possible([*CANDIDATES, *ON_REQUEST], materials)
+        if each.name in options.only and each.name not in left_out
+    ]
+    found = list(measure(chosen, materials, folder, reference, progress, exam=lambda path: ask(ground, path)))
+    itself, exam = reference.measure(f16), mean_score(ask(ground, f16))
+    rows = [{**each.row(), "network": name, **wikitext(each.fidelity, split)} for each in found]
+    return rows, {
+        **about,
+        "perplexity": round(itself.perplexity, 3),
+        "perplexity_interval": limits(itself.perplexity_interval),
+        **wikitext(itself, split),
+        "positions": sum(itself.positions),
+        "calibration_tokens": sum(batch.numel() for batch in batches),
+        "exam": round(exam.mean, 4) if exam else None,
+        "exam_interval": limits(exam) if exam else None,
+        "comparisons": comparisons(found),
+        "rotation": compare_rotations(found),
+    }
+
+
+def limits(interval: Interval) -> list[float]:
+    """The ends of an interval."""
+    return [round(interval.low, 4), round(interval.high, 4)]
 
 
 def fine_tuned(ground: Ground, folder: Path, progress: Progress) -> tuple[Base, list[Row], dict[str, Any]]:
@@ -365,7 +386,10 @@ def fine_tuned(ground: Ground, folder: Path, progress: Progress) -> tuple[Base, 
 
 
 def k_capable(ground: Ground, progress: Progress) -> tuple[Base, list[Row], dict[str, Any]]:
-    """The default model cut to widths that K-quants divide, and healed on texts that may be learnt from."""
+    """The default model cut to widths that K-quants divide, and healed on texts that may be learnt from.
+
+    The rows are what its candidates are retrained on; it has not seen them.
+    """
     base = load_base(ground.domain.config.student.base, dtype=torch.float32)
     pieces = windows(base, ground.learned, length=256, count=4096)
     network = narrow(base.model, [torch.tensor(pieces[begin : begin + 4]) for begin in range(0, 64, 4)])
@@ -379,7 +403,8 @@ def k_capable(ground: Ground, progress: Progress) -> tuple[Base, list[Row], dict
         "loss_first": round(losses[0], 3),
         "loss_last": round(sum(losses[-10:]) / len(losses[-10:]), 3),
     }
-    return replace(base, model=network), [], facts
+    rows, _ = encode_examples(ground.examples, base, max_tokens=ground.settings.pack_tokens)
+    return replace(base, model=network), rows, facts
 
 
 def unseen_texts(ground: Ground, base: Base) -> tuple[list[Text], int]:
@@ -401,11 +426,12 @@ def calibration(ground: Ground, base: Base, rows: Sequence[Row]) -> list[torch.T
     return [torch.tensor(pieces[begin : begin + 4]) for begin in range(0, len(pieces), 4)]
 
 
-def wikitext(fidelity: Fidelity, articles_count: int) -> dict[str, float]:
+def wikitext(fidelity: Fidelity, articles_count: int) -> dict[str, Any]:
     """The perplexity of the articles alone, where there are any."""
     if not articles_count:
         return {}
-    return {"wikitext_perplexity": round(fidelity.part(slice(0, articles_count)).perplexity, 3)}
+    found = fidelity.part(slice(0, articles_count)).perplexity_interval
+    return {"wikitext_perplexity": round(found.mean, 3), "wikitext_perplexity_interval": limits(found)}
 
 
 def ask(ground: Ground, path: Path) -> list[float]:

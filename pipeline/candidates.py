@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from domains.config import GgufType, Rounding
+from pipeline.bootstrap import Interval, ratio_interval
 from pipeline.fidelity import Fidelity, Reference
 from pipeline.gguf_writer import write_llama_gguf
 from pipeline.grids import GridName, Packed
@@ -33,6 +34,7 @@ from serve.quantizer import requantize
 if TYPE_CHECKING:
     import torch
 
+_RESAMPLES = 2000
 How = Rounding | RetrainMethod | Literal["llamacpp"]
 
 
@@ -114,8 +116,8 @@ class Measured:
     speed: Speed | None
 
     def row(self) -> dict[str, Any]:
-        """As plain data; KL in nats per position."""
-        kl = self.fidelity.kl
+        """As plain data; KL in nats per position, 95 % intervals over texts and over questions."""
+        kl, perplexity, exam = self.fidelity.kl, self.fidelity.perplexity_interval, mean_score(self.exam)
         return {
             "name": self.candidate.name,
             "rotation_loss": LOSSES.get(self.candidate.how),
@@ -125,12 +127,21 @@ class Measured:
             "kl": round(kl.mean, 6),
             "kl_interval": [round(kl.low, 6), round(kl.high, 6)],
             "top1_agreement": round(self.fidelity.top1_agreement, 4),
-            "perplexity": round(self.fidelity.perplexity, 3),
-            "exam": round(sum(self.exam) / len(self.exam), 4) if self.exam else None,
+            "perplexity": round(perplexity.mean, 3),
+            "perplexity_interval": [round(perplexity.low, 3), round(perplexity.high, 3)],
+            "exam": round(exam.mean, 4) if exam else None,
+            "exam_interval": [round(exam.low, 4), round(exam.high, 4)] if exam else None,
             "prompt_tokens_per_s": self.speed.prompt_tokens_per_s if self.speed else None,
             "decode_tokens_per_s": self.speed.decode_tokens_per_s if self.speed else None,
             "seconds": round(self.seconds, 1),
         }
+
+
+def mean_score(scores: Sequence[float]) -> Interval | None:
+    """The mean of scores per question with its 95 % interval; None of none."""
+    if not scores:
+        return None
+    return ratio_interval(scores, [1.0] * len(scores), resamples=_RESAMPLES, seed=0)
 
 
 def possible(candidates: Sequence[Candidate], materials: Materials) -> list[Candidate]:

@@ -17,10 +17,11 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Choice:
-    """The file to serve, and in a line each why the others are not."""
+    """The file to serve, in a line each why the others are not, and `compare_rotations`' sentence."""
 
     winner: Measured
     reasons: tuple[str, ...]
+    rotation: str
 
 
 def choose(measured: Sequence[Measured], *, max_kl: float, min_top1: float) -> Choice:
@@ -36,6 +37,7 @@ def choose(measured: Sequence[Measured], *, max_kl: float, min_top1: float) -> C
         min_top1: as in ``[parity]``.
     """
     nearest = min(measured, key=lambda each: each.fidelity.kl.mean)
+    rotation = compare_rotations(measured)
     reasons, passing = [], []
     for each in measured:
         reason = _objection(each, measured, nearest, max_kl=max_kl, min_top1=min_top1)
@@ -44,7 +46,7 @@ def choose(measured: Sequence[Measured], *, max_kl: float, min_top1: float) -> C
         else:
             passing.append(each)
     if not passing:
-        return Choice(nearest, (*reasons, "none is near enough: the nearest is taken"))
+        return Choice(nearest, (*reasons, "none is near enough: the nearest is taken"), rotation)
     fastest = min(map(seconds_per_answer, passing))
     quick = [each for each in passing if seconds_per_answer(each) <= _AS_FAST * fastest]
     winner = min(quick, key=lambda each: (each.bytes, each.fidelity.kl.mean))
@@ -52,7 +54,45 @@ def choose(measured: Sequence[Measured], *, max_kl: float, min_top1: float) -> C
         if each is not winner:
             what = "larger" if each in quick else "slower"
             reasons.append(f"{each.candidate.name}: near enough, but {what} than {winner.candidate.name}")
-    return Choice(winner, tuple(reasons))
+    return Choice(winner, tuple(reasons), rotation)
+
+
+def compare_rotations(measured: Sequence[Measured]) -> str:
+    """Whether a rotation is nearer to the full-precision student than GPTQ alone on the same grid, beyond noise.
+
+    Said of the nearest of those that are, else of the nearest; whatever the bounds say of both. Empty where there is
+    nothing to compare.
+    """
+    pairs = [(each, plain) for each in measured if (plain := _without_rotation(each, measured)) is not None]
+    if not pairs:
+        return ""
+    beating = [pair for pair in pairs if _is_nearer(*pair)]
+    each, plain = min(beating or pairs, key=lambda pair: pair[0].fidelity.kl.mean)
+    gap, texts = each.fidelity.minus(plain.fidelity), len(each.fidelity.positions)
+    numbers = (
+        f"{each.fidelity.kl.mean:.4f} nats against {plain.fidelity.kl.mean:.4f} of {plain.candidate.name}, difference "
+        f"{gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}], paired over {texts} text{'' if texts == 1 else 's'}"
+    )
+    if beating:
+        return f"rotation beats GPTQ alone beyond noise: {each.candidate.name} has {numbers}"
+    return f"no rotation beats GPTQ alone beyond noise: the nearest, {each.candidate.name}, has {numbers}"
+
+
+def _without_rotation(each: Measured, measured: Sequence[Measured]) -> Measured | None:
+    """GPTQ alone on the grid of a rotated file; None of a file that is not rotated, or where GPTQ was not measured."""
+    if each.candidate.how not in ROTATING:
+        return None
+    same = (
+        other
+        for other in measured
+        if other.candidate.how == "gptq" and other.candidate.kind == each.candidate.kind
+    )
+    return next(same, None)
+
+
+def _is_nearer(each: Measured, other: Measured) -> bool:
+    """Beyond noise; one text has no noise that could be seen."""
+    return len(each.fidelity.positions) > 1 and each.fidelity.minus(other.fidelity).high < 0
 
 
 def seconds_per_answer(measured: Measured) -> float:
@@ -72,12 +112,8 @@ def _objection(
             f"(at least {min_top1:.0%})"
         )
     if each.candidate.how in ROTATING:
-        plain = [
-            other
-            for other in measured
-            if other.candidate.how == "gptq" and other.candidate.kind == each.candidate.kind
-        ]
-        if not plain or each.fidelity.minus(plain[0].fidelity).high >= 0:
+        plain = _without_rotation(each, measured)
+        if plain is None or not _is_nearer(each, plain):
             return "its rotation does not beat GPTQ alone beyond noise"
     if each.exam and nearest.exam and each is not nearest:
         ones = [1.0] * len(each.exam)

@@ -111,6 +111,7 @@ def _make_served(
     facts = {
         "winner": choice.winner.candidate.name,
         "reasons": list(choice.reasons),
+        "rotation": choice.rotation,
         "candidates": [each.row() for each in found],
     }
     return choice.winner.candidate.kind, choice.winner.path, facts

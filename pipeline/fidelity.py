@@ -51,7 +51,14 @@ class Fidelity:
     @property
     def perplexity(self) -> float:
         """Of the texts, under the file."""
-        return float(np.exp(sum(self.nll_sums) / sum(self.positions)))
+        return self.perplexity_interval.mean
+
+    @property
+    def perplexity_interval(self) -> Interval:
+        """The perplexity with its 95 % interval over texts: e to the limits of the mean negative log-likelihood."""
+        found = ratio_interval(self.nll_sums, self.positions, resamples=_RESAMPLES, seed=_SEED)
+        assert found is not None
+        return Interval(*(float(np.exp(nats)) for nats in (found.mean, found.low, found.high)))
 
     @property
     def top1_agreement(self) -> float:

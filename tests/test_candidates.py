@@ -137,6 +137,32 @@ def test_a_rotation_ships_only_beyond_noise() -> None:
     assert choose([plain, certain], max_kl=0.02, min_top1=0.9).winner is certain
 
 
+def test_rotation_is_compared_with_gptq_alone_whatever_the_bounds() -> None:
+    plain, other_grid = fake("gptq-q4_0", kl=0.30), fake("gptq-q4_1", kl=0.01)
+    noisy = fake("r1r2-gptq-q4_0", kl=0.29, wobble=0.08)
+    certain = fake("learned-kl-gptq-q4_0", kl=0.295)
+    near = fake("llamacpp-q8_0", kl=0.001)
+    for max_kl in (0.02, 1.0):
+        said = choose([near, plain, noisy, other_grid], max_kl=max_kl, min_top1=0.9).rotation
+        assert said.startswith("no rotation beats GPTQ alone beyond noise: the nearest, r1r2-gptq-q4_0")
+        assert "0.2900 nats against 0.3000 of gptq-q4_0, difference -0.0100 [-0.0" in said
+        assert said.endswith("paired over 20 texts")
+        both = choose([near, plain, noisy, certain], max_kl=max_kl, min_top1=0.9).rotation
+        assert both.startswith("rotation beats GPTQ alone beyond noise: learned-kl-gptq-q4_0 has 0.2950")
+    assert choose([near, certain], max_kl=0.02, min_top1=0.9).rotation == ""
+    assert choose([near, plain], max_kl=0.02, min_top1=0.9).rotation == ""
+
+
+def test_one_text_shows_no_noise_and_decides_nothing() -> None:
+    plain, rotated = (
+        replace(each, fidelity=each.fidelity.part(slice(0, 1)))
+        for each in (fake("gptq-q4_0", kl=0.010), fake("r1r2-gptq-q4_0", kl=0.005, speed=500))
+    )
+    choice = choose([plain, rotated], max_kl=0.02, min_top1=0.9)
+    assert choice.winner is plain
+    assert choice.rotation.startswith("no rotation beats")
+
+
 def test_a_file_that_fails_the_exam_is_not_chosen_for_its_speed() -> None:
     good = fake("llamacpp-q8_0", kl=0.001, exam=(1.0, 0.8) * 10)
     bad = fake("qat-q4_0", kl=0.01, speed=900, exam=(0.3, 0.1) * 10)

@@ -191,6 +191,7 @@ def test_a_search_serves_what_is_near_enough_and_says_why(world: tuple[Path, Pat
     assert winner["kl"] <= 0.02
     assert (run.bundle / "student.gguf").stat().st_size == winner["bytes"]
     assert len(found["reasons"]) == len(names) - 1
+    assert "beats GPTQ alone beyond noise" in found["rotation"]
     assert [row["exam"] for row in found["candidates"]].count(None) == 0
     assert read_manifest(run.bundle).ready
 

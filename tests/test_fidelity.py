@@ -37,6 +37,15 @@ def test_a_difference_is_paired_by_text() -> None:
     assert gap.low == pytest.approx(-0.05)  # the texts differ much, the pairs do not
     assert gap.high == pytest.approx(-0.05)
     assert near.perplexity == pytest.approx(math.exp(0.1))
+    assert near.perplexity_interval.low == near.perplexity_interval.high == near.perplexity
+
+
+def test_perplexity_has_its_interval_over_texts() -> None:
+    wide = Fidelity((0.0,) * 4, (10.0, 20.0, 30.0, 40.0), (1,) * 4, (10,) * 4)
+    found = wide.perplexity_interval
+    assert found.mean == wide.perplexity == pytest.approx(math.exp(2.5))
+    assert math.exp(1.0) < found.low < math.exp(2.0)
+    assert math.exp(3.0) < found.high < math.exp(4.0)
 
 
 def write_tiny(folder: Path) -> Path:

@@ -137,6 +137,25 @@ def test_exactly_what_was_trained_is_said_only_where_it_is_so(report):
         assert ("bit for bit" in text) == bool(equal)
 
 
+def test_a_search_says_what_rotating_was_worth(report):
+    searched = copy.deepcopy(report)
+    row = {
+        "name": "gptq-q4_0", "bytes": 10**8, "block_bits_per_weight": 4.5, "kl": 0.3, "top1_agreement": 0.8,
+        "exam": None, "prompt_tokens_per_s": 800.0, "decode_tokens_per_s": 90.0,
+    }  # fmt: skip
+    facts = {
+        "candidates": [row],
+        "winner": "gptq-q4_0",
+        "reasons": ["x: slower"],
+        "rotation": "no rotation beats it",
+    }
+    searched["export"] = {"facts": {"search": facts}}
+    text = " ".join(_Page(render_report(searched)).text.split())
+    assert "no rotation beats it" in text
+    searched["export"]["facts"]["search"]["rotation"] = ""
+    assert "<li></li>" not in render_report(searched)
+
+
 def test_same_report_same_bytes(report, page):
     assert render_report(report) == page
 
