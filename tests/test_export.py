@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,11 +15,13 @@ from domains.domain import Domain, load_domain
 from domains.errors import ParityError, StageError
 from domains.jsonl import write_jsonl
 from domains.records import Example, Message, Question, Quote, Rationale
-from pipeline import export, gguf_writer
+from pipeline import candidates, export, gguf_writer
 from pipeline.candidates import CANDIDATES
+from pipeline.grids import Packed
 from pipeline.parity import Parity
 from pipeline.progress import Silent
 from pipeline.qlora import attach_lora, quantize_nf4
+from pipeline.roundings import LOSSES, ROUNDINGS, Rounded, round_student
 from pipeline.run_folder import Run
 from pipeline.student import load_base
 from serve.gguf_check import check_gguf
@@ -165,15 +170,87 @@ def test_another_serving_format_leaves_no_file_behind(world: tuple[Path, Path]) 
     assert [path.name for path in run.bundle.glob("*.gguf")] == ["student.gguf"]
 
 
-def test_the_served_file_may_be_rounded_here(world: tuple[Path, Path]) -> None:
-    rounded = {"rounding": "gptq", "serve": "Q4_0", "formats": ["Q8_0"], "imatrix_tokens": 0}
-    domain, run = load(world, export=rounded, parity={"max_kl": 5.0, "min_top1": 0.1})
-    report = export.run(domain, run, Silent())
-    kinds = check_gguf(run.bundle / "student.gguf").kind_counts
-    assert kinds["Q4_0"] == 14  # seven matrices in two layers
-    assert report.facts["files"]["Q4_0"]["file"] == "student.gguf"
-    assert check_gguf(run.bundle / "student-Q8_0.gguf").kind_counts.keys() == {"F32", "Q8_0"}
+def rounded(
+    world: tuple[Path, Path], rounding: str, kind: str, *, max_kl: float, min_top1: float
+) -> tuple[Run, dict[str, Any]]:
+    """The run and the export's facts, after its gate."""
+    how = {"rounding": rounding, "serve": kind, "formats": ["Q8_0"], "imatrix_tokens": 0}
+    domain, run = load(world, export=how, parity={"max_kl": max_kl, "min_top1": min_top1})
+    return run, export.run(domain, run, Silent()).facts
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_every_rounding_passes_a_strict_gate_in_eight_bits(world: tuple[Path, Path], rounding: str) -> None:
+    """Here rounding costs next to nothing: what a rotation or a wrong merge breaks is far beyond these bounds."""
+    run, facts = rounded(world, rounding, "Q8_0", max_kl=0.005, min_top1=0.9)
+    assert read_manifest(run.bundle).ready
+    assert facts["parity"]["steps"].keys() == {"merge", "GGUF", "quantize"}
+    served = check_gguf(run.bundle / "student.gguf")
+    untied = rounding in {"r1r2-gptq", *LOSSES}
+    assert ("output.weight" in {tensor.name for tensor in served.tensors}) is untied
+    assert served.kind_counts["Q8_0"] == 15 + untied  # seven matrices in two layers, the embedding, the head
+    assert facts["files"]["Q8_0"]["file"] == "student.gguf"
     assert not [*(run.export / "candidates").glob("*.gguf")]
+
+
+@pytest.fixture(scope="module")
+def nearest_codes(world: tuple[Path, Path]) -> dict[str, Any]:
+    """The gate's numbers of plain rounding to 4 bits: what everything else must be better than."""
+    parity: dict[str, Any] = rounded(world, "rtn", "Q4_0", max_kl=1.0, min_top1=0.1)[1]["parity"]
+    assert 0.02 < parity["kl"] < 0.3
+    return parity
+
+
+@pytest.mark.parametrize("rounding", [each for each in ROUNDINGS if each.endswith("gptq")])
+def test_compensated_roundings_pass_a_gate_that_plain_rounding_fails_in_four_bits(
+    world: tuple[Path, Path], nearest_codes: dict[str, Any], rounding: str
+) -> None:
+    bounds = {"max_kl": 0.7 * nearest_codes["kl"], "min_top1": nearest_codes["top1_agreement"]}
+    run, facts = rounded(world, rounding, "Q4_0", **bounds)
+    assert read_manifest(run.bundle).ready
+    assert check_gguf(run.bundle / "student.gguf").kind_counts["Q4_0"] == 14
+    assert facts["files"]["Q4_0"]["file"] == "student.gguf"
+    assert check_gguf(run.bundle / "student-Q8_0.gguf").kind_counts.keys() == {"F32", "Q8_0"}
+
+
+def test_plain_rounding_fails_that_gate(world: tuple[Path, Path], nearest_codes: dict[str, Any]) -> None:
+    with pytest.raises(ParityError, match="the step 'quantize' alone"):
+        rounded(world, "rtn", "Q4_0", max_kl=0.7 * nearest_codes["kl"], min_top1=0.1)
+
+
+def shift_rows(packed: dict[str, Packed]) -> None:
+    """One matrix of 14 has every output in its neighbour's place."""
+    name = "model.layers.1.self_attn.v_proj.weight"
+    packed[name] = replace(packed[name], rows=np.roll(packed[name].rows, 1, axis=0))
+
+
+def tie_again(packed: dict[str, Packed]) -> None:
+    """The rotated embedding serves as the output matrix, without the final norm's gains."""
+    packed["lm_head.weight"] = packed["model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize(
+    ("rounding", "kind", "damage"),
+    [
+        ("gptq", "Q8_0", shift_rows), ("gptq", "Q4_0", shift_rows), ("r1r2-gptq", "Q8_0", shift_rows),
+        ("r1r2-gptq", "Q4_0", shift_rows), ("r1r2-gptq", "Q8_0", tie_again), ("r1r2-gptq", "Q4_0", tie_again),
+    ],
+)  # fmt: skip
+def test_a_damaged_rounding_fails_the_same_gates(
+    world: tuple[Path, Path], nearest_codes: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+    rounding: str, kind: str, damage: Callable[[dict[str, Packed]], None],
+) -> None:  # fmt: skip
+    def damaged(*args: Any, **kwargs: Any) -> Rounded:
+        found = round_student(*args, **kwargs)
+        damage(found.packed)
+        return found
+
+    monkeypatch.setattr(candidates, "round_student", damaged)
+    four_bits = {"max_kl": 0.7 * nearest_codes["kl"], "min_top1": nearest_codes["top1_agreement"]}
+    bounds = four_bits if kind == "Q4_0" else {"max_kl": 0.005, "min_top1": 0.9}
+    with pytest.raises(ParityError, match="the step 'quantize' alone"):
+        rounded(world, rounding, kind, **bounds)
+    assert not read_manifest(Run(world[1]).bundle).ready
 
 
 def test_a_search_serves_what_is_near_enough_and_says_why(world: tuple[Path, Path]) -> None:

@@ -39,7 +39,9 @@ METHODS = (
     ("qalora", "Q4_1"),
     ("qalora", "Q4_0"),
     ("qat", "Q4_0"),
+    ("qat", "Q4_1"),
     ("grid-lora", "Q4_0"),
+    ("grid-lora", "Q4_1"),
     ("grid-lora", "Q8_0"),
 )
 
