@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,18 @@ from pipeline.gguf_tensors import read_packed
 from pipeline.grids.layout import unpack
 from pipeline.methods.method import Adapter
 from pipeline.methods.registry import method_of
-from pipeline.parity import Parity, torch_network
+from pipeline.parity import Parity, measure_gap, torch_network
 from pipeline.progress import Silent
 from pipeline.run_folder import Run
 from pipeline.student import load_base, load_student
+from serve.bundle import open_bundle
 from serve.engine import Engine
 from serve.gguf_check import check_gguf
 from serve.manifest import read_manifest
 from serve.models import packaged_gguf
+from serve.shared_models import SharedModels
 from tests.exam_example import ActorEngine, make_run, take_exam
+from tests.small_serving import write_index
 from tests.test_train import SETTINGS, example
 from tests.tiny_llama import make_tiny_llama
 
@@ -221,6 +225,44 @@ def test_domains_on_one_base_share_its_file(tiny: Path, tmp_path: Path) -> None:
     assert one.samefile(two)
     assert (students[0] / "adapter.gguf").read_bytes() != (students[1] / "adapter.gguf").read_bytes()
     assert len(list((tmp_path / "runs" / ".bases").iterdir())) == 1
+
+
+@pytest.mark.parametrize("grid", ["Q4_0", "Q8_0"])
+def test_each_request_is_answered_by_its_own_domains_network(grid: str, tiny: Path, tmp_path: Path) -> None:
+    """Llama 3.2's features: grouped queries, tied embeddings, llama3 rope. One base in memory, two adapters."""
+    runs = {}
+    for number, name in enumerate(("one", "two")):
+        there = domain(tiny, name=name, method="grid-lora", grid=grid, seed=number)
+        runs[name] = trained_run(tmp_path / "runs" / name / "main", there)
+        write_index(runs[name].index)
+        export.run(there, runs[name], Silent())
+    facts = check_gguf(runs["one"].bundle / "student.gguf")
+    names = {tensor.name for tensor in facts.tensors}
+    assert "rope_freqs.weight" in names
+    assert "output.weight" not in names
+    assert facts.metadata["llama.attention.head_count_kv"] < facts.metadata["llama.attention.head_count"]
+    networks = {
+        name: torch_network(load_student(run.training, base=str(tiny)).network) for name, run in runs.items()
+    }
+    with SharedModels() as shared, ExitStack() as stack:
+        opened = {
+            name: stack.enter_context(open_bundle(run.bundle, shared=shared)) for name, run in runs.items()
+        }
+        assert len(shared) == 1
+        assert opened["one"].engine.model is opened["two"].engine.model
+        prompt = opened["one"].engine.tokenize(12 * "The dose of Brenzal is 40 mg in the morning. ")
+        assert len(prompt) > 256  # longer than the context before rope was scaled
+        wanted = {name: network(prompt, first=0) for name, network in networks.items()}
+        for name, other in (("one", "two"), ("two", "one")) * 2:
+            engine = opened[name].engine
+            served = engine.logits(prompt, first=0)
+            own, foreign = measure_gap([wanted[name]], [served]), measure_gap([wanted[other]], [served])
+            assert own.kl < 0.02
+            assert foreign.kl > 10 * own.kl
+            (reply,) = engine.generate([prompt], max_tokens=8, temperature=0.0)
+            after = networks[name]([*prompt, *reply.tokens][:-1], first=len(prompt) - 1)
+            picked = after[np.arange(len(reply.tokens)), reply.tokens]
+            assert (after.max(axis=1) - picked).max() < 0.1 * after.std()  # the likeliest, or nearly
 
 
 def test_another_method_leaves_no_adapter_behind(tiny: Path, tmp_path: Path) -> None:
