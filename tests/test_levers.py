@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_models import small_llama
+from small_models import LLAMA3_ROPE, small_llama
 from tiny_llama import make_tiny_llama
 from torch import nn
 
@@ -73,7 +73,7 @@ def rows() -> list[Row]:
 def network(
     *, layers: int = 0, tied: bool = True, keep: bool = False, token_rows: tuple[int, ...] = ()
 ) -> tuple[Any, Any]:
-    model = small_llama(tied=tied)
+    model = small_llama(tied=tied, rope=LLAMA3_ROPE)
     quantize_nf4(model, keep_quantized=keep)
     use_packed_attention(model)
     adapted = attach_lora(model, rank=4, alpha=8.0, dropout=0.0, seed=0, token_rows=token_rows, layers=layers)

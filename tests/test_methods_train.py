@@ -57,6 +57,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another network than the tiny one, with its tokenizer."""
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / "wide", seed=5, width=96)
+
+
 def rows() -> list[Example]:
     return [example(number) for number in range(24)]
 
@@ -262,23 +268,41 @@ def test_a_divergence_holds_the_student_near_its_base(tiny: Path, tmp_path: Path
     assert facts["other"] == pytest.approx(facts["kl"], rel=0.2)  # the same weights by another way
 
 
-def _distance(run: Run, tiny: Path) -> float:
-    """KL(base || trained) on a row, in nats per token."""
+def test_a_larger_teacher_with_the_same_tokenizer_is_approached(
+    tiny: Path, wide: Path, tmp_path: Path
+) -> None:
+    """White-box distillation: the teacher has other weights of other shapes; only its vocabulary is the student's."""
+    far = {}
+    for name, settings in {
+        "ce": {"objective": "ce"},
+        "kl": {"objective": "ce+kl", "kl_weight": 100.0, "kl_teacher": str(wide)},
+    }.items():
+        run, _ = train_on(tiny, tmp_path / name, method="qat", grid="Q4_0", epochs=4, **settings)
+        far[name] = _distance(run, tiny, teacher=wide)
+    assert far["kl"] < 0.7 * far["ce"]
+
+
+def _distance(run: Run, tiny: Path, *, teacher: Path | None = None) -> float:
+    """KL(teacher || trained) on a row, in nats per token; the base is its own teacher."""
     student = load_student(run.training, base=str(tiny))
     row = encode_examples(rows()[:1], student.base, max_tokens=512)[0][0]
     with torch.no_grad():
         ids = torch.tensor([row.ids])
-        base = load_base(str(tiny), dtype=torch.float32).model
+        base = load_base(str(teacher or tiny), dtype=torch.float32).model
         wanted = torch.log_softmax(base(input_ids=ids).logits[0, row.n_prompt - 1 :], dim=-1)
         given = torch.log_softmax(student.network(input_ids=ids).logits[0, row.n_prompt - 1 :], dim=-1)
     return float(torch.nn.functional.kl_div(given, wanted, reduction="batchmean", log_target=True))
 
 
 @pytest.mark.parametrize("levers", [Levers(), Levers(packing=False, supervised_head=False)])
-def test_the_loss_is_cross_entropy_plus_the_divergence(tiny: Path, levers: Levers) -> None:
+@pytest.mark.parametrize("white_box", [False, True], ids=["itself", "wide"])
+def test_the_loss_is_cross_entropy_plus_the_divergence(
+    tiny: Path, wide: Path, levers: Levers, white_box: bool
+) -> None:
     base, other = (load_base(str(tiny), dtype=torch.float32) for _ in range(2))
-    divergence = Divergence(weight=0.7, temperature=2.0, teacher="base")
+    divergence = Divergence(weight=0.7, temperature=2.0, teacher=str(wide) if white_box else "base")
     teacher = load_teacher(other, divergence, dtype=torch.float32)
+    assert teacher.config.hidden_size == (96 if white_box else 64)
     with torch.no_grad():
         for layer in base.model.model.layers:
             layer.mlp.up_proj.weight.mul_(1.3)

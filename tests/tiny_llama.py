@@ -34,16 +34,16 @@ _MERGES = (
 )
 
 
-def make_tiny_llama(folder: Path, *, seed: int = 0) -> Path:
-    """Write the model and its tokenizer into ``folder``; same seed, same weights."""
+def make_tiny_llama(folder: Path, *, seed: int = 0, width: int = 64) -> Path:
+    """Write the model and its tokenizer into ``folder``; same seed and width of the stream, same weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = _tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=256,
+        hidden_size=width,
+        intermediate_size=4 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
