@@ -49,7 +49,7 @@ class Sizes:
 
 
 STEPS = 12  # of a whole run: everybody follows its schedule, however early it stops
-FULL, QUICK = Sizes(STEPS, STEPS, 2, 6), Sizes(6, 2, 1, 4)
+FULL, QUICK = Sizes(STEPS, STEPS, 2, 6), Sizes(6, 2, 1, 3)
 PACK_TOKENS = 1024
 NO_LIMIT = 10**6  # no row is left out or cut, here or there
 RANK, ALPHA, RATE, SEED = 16, 32.0, 1e-3, 0
