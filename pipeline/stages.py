@@ -69,7 +69,13 @@ GRIDS = (
 
 # What makes a training step fast.
 LEVERS = (
-    *("pipeline.levers", "pipeline.layout", "pipeline.packed_forward", "pipeline.row_attention"),
+    *(
+        "pipeline.levers",
+        "pipeline.layout",
+        "pipeline.packed_forward",
+        "pipeline.parallel_packs",
+        "pipeline.row_attention",
+    ),
     *("pipeline.fused_layer", "pipeline.linear_group", "pipeline.layer_cache", "pipeline.completion_loss"),
 )
 # How a student is trained and brought back; which method does is config.

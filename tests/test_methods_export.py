@@ -346,6 +346,7 @@ def test_the_packaged_student_differs_from_its_base_in_minima_alone(tmp_path: Pa
 
 def test_another_adapter_is_another_student_to_the_exam(tmp_path: Path) -> None:
     run, models = make_run(tmp_path)
+    ActorEngine.asked = 0  # other tests count on the same class
     take_exam(run, models)
     asked = ActorEngine.asked
     (run.bundle / "adapter.gguf").write_text("one", encoding="utf-8")
