@@ -1,7 +1,7 @@
 """Measures rationale distillation: the reranker, the students of KARD's ablation, reflection and abstention.
 
     python benchmarks/distillation.py              everything; never timed as a whole, see docs/results.md for parts of it
-    python benchmarks/distillation.py --quick      small samples, at most 15 minutes on 2 idle cores
+    python benchmarks/distillation.py --quick      small samples, meant for 15 minutes on 2 idle cores
     python benchmarks/distillation.py --json       the last line is one JSON object
     python benchmarks/distillation.py --parts retrieval abstention public
     python benchmarks/distillation.py --parts sweep --profile quick
@@ -213,7 +213,6 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
             "kard_reranked": ablation.Asking(students["kard"], reranked),
             "kard_oracle": ablation.Asking(students["kard"], oracle),
             "quotes": ablation.Asking(students["quotes"], hybrid),
-            "quotes_reranked": ablation.Asking(students["quotes"], reranked),
             "grader": ablation.Asking(students["quotes"], hybrid, reflect=reflecting(domain, "grader")),
             **{
                 name: ablation.Asking(students[name], hybrid, reflect=reflecting(domain, name))
@@ -223,6 +222,7 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
         if not options.quick:
             learnt = fitted_to(domain, students["tokens"], hybrid, varied["tokens"], progress)
             long = reflecting(domain, "tokens").model_copy(update={"form": "long"})
+            arms["quotes_reranked"] = ablation.Asking(students["quotes"], reranked)
             arms["kard_abstaining"] = ablation.Asking(students["kard_abstaining"], hybrid)
             arms["kard_voted"] = ablation.Asking(students["kard"], hybrid, votes=Votes(VOTES))
             arms["tokens_fitted"] = ablation.Asking(students["tokens"], hybrid, reflect=learnt)

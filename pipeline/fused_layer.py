@@ -71,17 +71,21 @@ def prepare_layers(layers: Iterable[Any], dtype: torch.dtype) -> None:
             _parts_of(layer, dtype)
 
 
-# Per layer what its groups were made of, and the groups.
+# Per layer what its groups were made of, and the groups; only of layers whose weights lie in memory anyway.
 _made: WeakKeyDictionary[Any, tuple[object, _Parts]] = WeakKeyDictionary()
 
 
 def _parts_of(layer: Any, dtype: torch.dtype) -> _Parts:
     """The layer's groups, made anew when a weight or the switch of an adapter has changed: once an optimizer step."""
     found = _made.get(layer)
-    if found is not None and found[0] is not None and found[0] == state_of(_linears(layer), dtype):
+    if found is not None and found[0] == state_of(_linears(layer), dtype):
         return found[1]
     parts = _Parts(layer, dtype)
-    _made[layer] = state_of(_linears(layer), dtype), parts
+    state = state_of(_linears(layer), dtype)  # after joining, which moves weights
+    if state is None:
+        _made.pop(layer, None)
+    else:
+        _made[layer] = state, parts
     return parts
 
 

@@ -22,9 +22,9 @@ class Levers:
 
     Attributes:
         parallel_packs: a step's rows run side by side, a core each, instead of every product on all cores. Not on
-            GPUs, not with dropout.
+            GPUs, with dropout, or with ``objective = "ce+kl"``.
         packing: rows follow each other without padding; off: every row is as long as the pack's longest.
-        even_lengths: every length is a multiple of 32. For each shape that it meets, PyTorch's library of matrix products
+        even_lengths: every row's length is a multiple of 32 (chunks of the loss always are). For each shape that it meets, PyTorch's library of matrix products
             compiles code and keeps it: ragged rows are ever new shapes, which costs time and up to a gigabyte.
         supervised_head: logits of supervised tokens only.
         chunked_loss: logits of a hundred tokens or so at a time; their gradient is taken in the forward pass.

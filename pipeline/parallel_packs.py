@@ -1,7 +1,7 @@
 """A step's packs on several cores, one thread each, instead of every product on all cores.
 
 The products of a small network are too small to share: with two threads inside each, a step of the default model takes
-about three quarters of the time that one thread takes (docs/results.md). Rows are independent, so a step's rows are cut
+about three quarters of the time that one thread takes (docs/log.md). Rows are independent, so a step's rows are cut
 into packs that run side by side. Gradients are added in the order of the packs: the same rows give the same bits.
 """
 
@@ -22,7 +22,7 @@ LossOf = Callable[[Pack], torch.Tensor]
 
 
 def shares(packs: Sequence[Pack], cores: int, *, tokens: int) -> list[Pack]:
-    """The rows of ``packs`` in packs of about the same length, a multiple of ``cores`` of them.
+    """The rows of ``packs`` in packs of about the same length, a multiple of ``cores`` of them where there are as many rows.
 
     So short that ``cores`` of them have at most about ``tokens`` tokens together, which is what one pack would have: running side by
     side takes no more memory. Longest rows first, each to the shortest pack (Graham 1969); packs go longest first.

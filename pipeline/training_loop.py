@@ -81,7 +81,7 @@ class Trainer:
         self.below = self._below([*rows, *validation])
 
     def _cores(self) -> int:
-        """How many packs run at once; one where chance or a teacher's own passes would depend on their order."""
+        """How many packs run at once; one where dropout would depend on their order, and with a loss of another's making."""
         settings = self.settings
         levers = settings.levers
         alone = self.objective is not None or settings.dropout or self.network.device.type != "cpu"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_levers import network, rows
 
+from pipeline import fused_layer
 from pipeline.completion_loss import completion_loss
 from pipeline.layer_cache import LayerCache
 from pipeline.levers import Levers
@@ -78,9 +79,9 @@ def same(one: tuple[float, list[torch.Tensor]], other: tuple[float, list[torch.T
         assert (mine - theirs).abs().max() <= 2e-5 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("token_rows", [(), (7, 9)])
-def test_loss_and_gradients_are_those_of_one_pack_after_the_other(token_rows: tuple[int, ...]) -> None:
-    model, adapted = network(token_rows=token_rows)
+@pytest.mark.parametrize("given", [{}, {"token_rows": (7, 9)}, {"keep": True}], ids=str)
+def test_loss_and_gradients_are_those_of_one_pack_after_the_other(given: dict[str, Any]) -> None:
+    model, adapted = network(**given)
     whole = Pack(tuple(rows()))
     expected = gradients(model, adapted, [whole], 1)
     packs = shares([whole], 2, tokens=100)
@@ -150,3 +151,12 @@ def test_training_follows_the_same_curve(tmp_path: Path) -> None:
 
 def test_with_dropout_the_order_of_chance_is_kept(tmp_path: Path) -> None:
     assert trained(tmp_path, Levers(), dropout=0.1)[0].cores == 1
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_weights_read_back_from_nf4_do_not_stay_in_memory(keep: bool) -> None:
+    model, adapted = network(keep=keep)
+    gradients(model, adapted, shares([Pack(tuple(rows()))], 2, tokens=100), 2)
+    assert [layer in fused_layer._made for layer in model.model.layers] == [not keep] * len(
+        model.model.layers
+    )
