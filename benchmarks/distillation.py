@@ -11,8 +11,9 @@ and ``medquad``), else on the domain's own corpus; ``abstention`` asks the same 
 with the student that ``students`` trained, else with the untrained model. ``sweep`` varies KARD's rationales per question (n),
 passages (k) and share of rows whose passages the question found, one at a time (left out of --quick). ``public`` chooses options
 (``openstax_health``), decides yes or no (``pubmedqa``), judges support (``kqa``) and finds sections (``prd_doc_qa``),
-each where ``--data`` has it, and reports chance beside it. Students are trained and asked on the domain's corpus: the exam
-split, whose documents no training row is about. Every figure is of this machine as it is: close what else runs.
+each where ``--data`` has it, and answers closed questions of the shipped domains and of ``--domain``; chance stands beside each.
+Students are trained and asked on the domain's corpus: the exam split, whose documents no training row is about. Every figure is of
+this machine as it is: close what else runs.
 """
 
 from __future__ import annotations
@@ -436,7 +437,7 @@ def measure_sets(options: argparse.Namespace, work: Path, progress: Progress) ->
     if options.data is None:
         progress.say("no --data: left out")
         return {}
-    domains = [load_domain(name) for name in SHIPPED]
+    domains = [load_domain(name) for name in dict.fromkeys((*SHIPPED, options.domain))]
     base = base_gguf(load_domain(options.domain).config.student.base)
     with Engine(base, context=2048, parallel=1) as engine:
         found = measure_public(
