@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -77,11 +78,11 @@ SWEEP_N, SWEEP_K, SWEEP_SHARE = 3, (1, 5), (0.0, 1.0)  # beside the options' own
 VOTES = 5  # replies a question in the arm kard_voted
 FIT_QUESTIONS = 40  # of the seed split, for threshold and weights of tokens_fitted
 DEVELOPMENT = 200  # prompts that the confidence of quotes is fitted to: seed questions, with and without their documents
-QUICK_DEVELOPMENT = 30  # with fewer than 8 right answers among them the likelihood ranks
-QUICK_ROWS = 400  # of MedQuAD, to learn the reranker from
-QUICK_ASKED = 20  # of MedQuAD's test, for the student's abstention
+QUICK_DEVELOPMENT = 16  # with fewer than 8 right answers among them the likelihood ranks
+QUICK_ROWS = 300  # of MedQuAD, to learn the reranker from
+QUICK_ASKED = 10  # of MedQuAD's test, for the student's abstention
 SHIPPED = ("medical", "product_requirements")
-QUICK = {"questions": 50, "exam": 24, "epochs": 1}
+QUICK = {"questions": 36, "exam": 16, "epochs": 1}
 
 
 def main() -> None:
@@ -199,7 +200,7 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
             }
         varied: dict[str, list[Example]] = {}
         for name, sections in variants.items():
-            rows = varied[name] = varied_rows(domain, work, name, progress, sections)
+            rows = varied[name] = varied_rows(domain, run, work, name, progress, sections)
             rows_of[name] = len(rows)
             progress.say(f"student {name!r}: {len(rows)} rows")
             students[name] = train(
@@ -376,13 +377,15 @@ def reflecting(domain: Domain, backend: str) -> ReflectSection:
 
 
 def varied_rows(
-    domain: Domain, work: Path, name: str, progress: Progress, sections: dict[str, Any]
+    domain: Domain, run: Run, work: Path, name: str, progress: Progress, sections: dict[str, Any]
 ) -> list[Example]:
     """The rows that the product makes with other sections, from the same rationales, in a run of their own."""
     other = Domain(domain.folder, domain.config.model_copy(update=sections), domain.prompts)
-    run = open_run(work / "runs", domain.name, name)
-    run_job(other, run, progress, stages=("index", "elicit", "curate"))
-    return ablation.rows_of(run)
+    own = open_run(work / "runs", domain.name, name)
+    if not own.index.exists():
+        shutil.copytree(run.index, own.index)  # the same documents: nothing is embedded again
+    run_job(other, own, progress, stages=("index", "elicit", "curate"))
+    return ablation.rows_of(own)
 
 
 def fitted_to(

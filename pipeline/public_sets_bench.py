@@ -42,7 +42,7 @@ from serve.assistant import Assistant
 from serve.engine import Engine
 from serve.judges import WordJudge
 
-ASKED = 25  # what the model scores of each set, in the quick run
+ASKED = 16  # what the model scores of each set, in the quick run
 PAIRS = 200  # questions that a confidence is fitted to; each is searched twice
 _EVERYTHING = 0
 
