@@ -74,6 +74,14 @@ PAIRS = (
     *(("text", "quotes"), ("tokens", "quotes"), ("kard_abstaining", "quotes"), ("kard_abstaining", "kard")),
     *(("tokens_fitted", "tokens"), ("tokens_long", "tokens")),
 )
+# Whose student an arm asks; base_rag asks the untrained model.
+STUDENT_OF = {
+    **{name: name for name in ("answers", "rationales", "kard", "quotes", *BACKENDS, "kard_abstaining")},
+    **dict.fromkeys(("kard_reranked", "kard_oracle", "kard_voted"), "kard"),
+    **dict.fromkeys(("grader", "quotes_reranked"), "quotes"),
+    **dict.fromkeys(("tokens_fitted", "tokens_long"), "tokens"),
+}
+NOT_QUICK_ARMS = {"quotes_reranked", "kard_abstaining", "kard_voted", "tokens_fitted", "tokens_long"}
 SWEEP_N, SWEEP_K, SWEEP_SHARE = 3, (1, 5), (0.0, 1.0)  # beside the options' own
 VOTES = 5  # replies a question in the arm kard_voted
 FIT_QUESTIONS = 40  # of the seed split, for threshold and weights of tokens_fitted
@@ -123,6 +131,12 @@ def parse_options() -> argparse.Namespace:
         default=1,
         help="rationales per question (KARD's n; above 1 the arm quotes shows them, too)",
     )
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=STUDENT_OF,
+        help="of the students, beside base_rag and quotes (default: all; with --quick the cheaper ones)",
+    )
     parser.add_argument("--top-k", type=int, default=0, help="passages (KARD's k); 0: the domain's")
     parser.add_argument(
         "--question-share", type=float, default=0.4, help="KARD rows retrieved by the question"
@@ -130,6 +144,10 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     options.profile = options.profile or ("quick" if options.quick else "full")
     options.parts = options.parts or [part for part in PARTS if not (options.quick and part in NOT_QUICK)]
+    options.arms = {
+        "quotes",
+        *(options.arms or STUDENT_OF.keys() - (NOT_QUICK_ARMS if options.quick else set())),
+    }
     return options
 
 
@@ -182,53 +200,47 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
         recipes = recipes_of(domain, hybrid, top_k=top_k, question_share=options.question_share)
         students: dict[str, Path] = {}
         rows_of: dict[str, int] = {}
+        wanted = {STUDENT_OF[arm] for arm in options.arms}
         for kind in ablation.RECIPES:
+            if kind not in wanted:
+                continue
             rows = ablation.rows_of(run) if kind == "quotes" else recipes.rows(kind, taught)
             rows_of[kind] = len(rows)
             progress.say(f"student {kind!r}: {len(rows)} rows")
             students[kind] = train(
                 domain, rows, work / "students" / kind, progress, title=f"{domain.name} {kind}"
             )
+        abstaining = config.curate.model_copy(update={"evidence": "rationale", "rationale_in_target": True})
         variants: dict[str, dict[str, Any]] = {
-            name: {"reflect": reflecting(domain, name)} for name in BACKENDS
+            **{name: {"reflect": reflecting(domain, name)} for name in BACKENDS},
+            "kard_abstaining": {"curate": abstaining},
         }
-        if not options.quick:
-            variants["kard_abstaining"] = {
-                "curate": config.curate.model_copy(
-                    update={"evidence": "rationale", "rationale_in_target": True}
-                )
-            }
         varied: dict[str, list[Example]] = {}
         for name, sections in variants.items():
+            if name not in wanted:
+                continue
             rows = varied[name] = varied_rows(domain, run, work, name, progress, sections)
             rows_of[name] = len(rows)
             progress.say(f"student {name!r}: {len(rows)} rows")
             students[name] = train(
                 domain, rows, work / "students" / name, progress, title=f"{domain.name} {name}", tokens=name == "tokens"
             )  # fmt: skip
-        oracle = ablation.Oracle(questions, index.passages, hybrid)
-        arms = {
-            "base_rag": ablation.Asking(base_gguf(config.student.base), hybrid),
-            "answers": ablation.Asking(students["answers"], hybrid, with_passages=False),
-            "rationales": ablation.Asking(students["rationales"], hybrid, with_passages=False),
-            "kard": ablation.Asking(students["kard"], hybrid),
-            "kard_reranked": ablation.Asking(students["kard"], reranked),
-            "kard_oracle": ablation.Asking(students["kard"], oracle),
-            "quotes": ablation.Asking(students["quotes"], hybrid),
-            "grader": ablation.Asking(students["quotes"], hybrid, reflect=reflecting(domain, "grader")),
-            **{
-                name: ablation.Asking(students[name], hybrid, reflect=reflecting(domain, name))
-                for name in BACKENDS
-            },
+        ways: dict[str, dict[str, Any]] = {
+            **{name: {"with_passages": False} for name in ("answers", "rationales")},
+            **{name: {"retriever": reranked} for name in ("kard_reranked", "quotes_reranked")},
+            **{name: {"reflect": reflecting(domain, name)} for name in ("grader", *BACKENDS)},
+            "kard_oracle": {"retriever": ablation.Oracle(questions, index.passages, hybrid)},
+            "kard_voted": {"votes": Votes(VOTES)},
+            "tokens_long": {"reflect": reflecting(domain, "tokens").model_copy(update={"form": "long"})},
         }
-        if not options.quick:
+        if "tokens_fitted" in options.arms:
             learnt = fitted_to(domain, students["tokens"], hybrid, varied["tokens"], progress)
-            long = reflecting(domain, "tokens").model_copy(update={"form": "long"})
-            arms["quotes_reranked"] = ablation.Asking(students["quotes"], reranked)
-            arms["kard_abstaining"] = ablation.Asking(students["kard_abstaining"], hybrid)
-            arms["kard_voted"] = ablation.Asking(students["kard"], hybrid, votes=Votes(VOTES))
-            arms["tokens_fitted"] = ablation.Asking(students["tokens"], hybrid, reflect=learnt)
-            arms["tokens_long"] = ablation.Asking(students["tokens"], hybrid, reflect=long)
+            ways["tokens_fitted"] = {"reflect": learnt}
+        arms = {"base_rag": ablation.Asking(base_gguf(config.student.base), hybrid)}
+        for name in (name for name in STUDENT_OF if name in options.arms):
+            arms[name] = ablation.Asking(
+                students[STUDENT_OF[name]], **{"retriever": hybrid} | ways.get(name, {})
+            )
         marks, answers = ablation.ask(
             arms,
             questions,

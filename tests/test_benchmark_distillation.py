@@ -48,6 +48,18 @@ def test_quick_leaves_out_the_sweep_unless_it_is_named(monkeypatch: pytest.Monke
         assert options.profile == ("quick" if "--quick" in words else "full")
 
 
+def test_arms_are_chosen_and_quotes_is_always_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for words, arms in (
+        (["--arms", "kard_oracle"], {"kard_oracle", "quotes"}),
+        (["--quick"], set(distillation.STUDENT_OF) - distillation.NOT_QUICK_ARMS),
+        (["--quick", "--arms", "tokens_long"], {"tokens_long", "quotes"}),
+        ([], set(distillation.STUDENT_OF)),
+    ):
+        monkeypatch.setattr(sys, "argv", ["distillation.py", *words])
+        assert distillation.parse_options().arms == arms
+    assert {*distillation.STUDENT_OF, "base_rag"} >= {arm for pair in distillation.PAIRS for arm in pair}
+
+
 def test_the_last_line_is_one_object_with_what_every_part_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
