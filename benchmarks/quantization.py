@@ -79,11 +79,11 @@ ROUTES: tuple[tuple[str, Grid | None], ...] = (
 # Left out with --quick, to bound its time; the full run has them.
 NOT_QUICK = {
     "default": {
-        "mse-q4_0", "gptq-q4_1", "r2-gptq-q4_0", "learned-gptq-q4_0", "learned-kl-gptq-q4_0", "tuned-gptq-q4_0",
+        "rtn-q4_0", "mse-q4_0", "gptq-q4_1", "r2-gptq-q4_0", "learned-gptq-q4_0", "learned-kl-gptq-q4_0", "tuned-gptq-q4_0",
         "qalora-q4_0",
     },
     "k-capable": {
-        "rtn-q4_0", "mse-q4_0", "gptq-q4_0", "gptq-q4_1", "r2-gptq-q4_0", "learned-gptq-q4_0", "learned-kl-gptq-q4_0",
+        "llamacpp-q8_0", "rtn-q4_0", "mse-q4_0", "gptq-q4_0", "gptq-q4_1", "r2-gptq-q4_0", "learned-gptq-q4_0", "learned-kl-gptq-q4_0",
         "tuned-gptq-q4_0", "qat-q4_0", "qalora-q4_1", "qalora-q4_0",
     },
 }  # fmt: skip
@@ -107,7 +107,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    rows=16, epochs=2, exact_rows=8, length=512, calibration=24, texts=4, exam=4, learning_steps=16, heal_steps=24,
+    rows=16, epochs=2, exact_rows=8, length=512, calibration=24, texts=4, exam=4, learning_steps=16, heal_steps=20,
     heal_batch=2,
 )  # fmt: skip
 FULL = Sizes(
