@@ -103,7 +103,7 @@ class Assistant:
         by_evidence = retriever is not None and not self._threshold
         self._picks = options == "evidence" and by_evidence
         self._yes_no = yes_no if by_evidence else None
-        self._watch = self._abstaining_token() if signals or calibration is not None else None
+        self.watch = self._abstaining_token() if signals or calibration is not None else None
         self._retrieving = threading.Lock()  # stores and stemmers need not be safe to share
 
     def close(self) -> None:
@@ -214,7 +214,7 @@ class Assistant:
         """The greedy completion of each, or the one that several drawn ones agree with."""
         limit = max(item.max_tokens for item in asked)
         prompts = [item.tokens for item in asked]
-        greedy = self.engine.generate(prompts, max_tokens=limit, watch=self._watch)
+        greedy = self.engine.generate(prompts, max_tokens=limit, watch=self.watch)
         more = self._votes.count - 1
         if not more:
             return greedy
@@ -222,7 +222,7 @@ class Assistant:
             [prompt for prompt in prompts for _ in range(more)],
             max_tokens=limit,
             temperature=self._votes.temperature,
-            watch=self._watch,
+            watch=self.watch,
         )
         made = [[first, *drawn[at * more : (at + 1) * more]] for at, first in enumerate(greedy)]
         return [
@@ -268,11 +268,11 @@ class Assistant:
             max_tokens=asked.max_tokens,
             temperature=temperature,
             seed=seed,
-            watch=self._watch,
+            watch=self.watch,
         )
         try:
             # The log-probabilities come with the end: where they count, a reply that repeats itself goes on.
-            while self._watch is not None or not live.over:
+            while self.watch is not None or not live.over:
                 yield live.feed(next(writing))
         except StopIteration as end:
             completion: Completion = end.value
@@ -286,7 +286,7 @@ class Assistant:
     def _judge_reflected(self, asked: Asked, made: Reflected) -> Answer:
         """`judge` on the evidence that the back-end let stand; numbers are those of all passages shown."""
         kept = replace(asked, hits=[made.shown[number - 1] for number in made.evidence])
-        answer = self.judge(kept, made.completion, made.reflection)
+        answer = self.judge(kept, made.completion, made.reflection, answer_from=made.answer_from)
         citations = [
             citation.model_copy(update={"number": made.evidence[citation.number - 1]})
             for citation in answer.citations
@@ -307,10 +307,12 @@ class Assistant:
         reflection: Reflection | None = None,
         *,
         written: bool = True,
+        answer_from: int | None = None,
     ) -> Answer:
         """Check a completion against the evidence it was shown, and say how sure it is.
 
-        ``written`` is False where no model wrote it: then nothing says how sure it is.
+        ``written`` is False where no model wrote it: then nothing says how sure it is. ``answer_from`` is that of
+        `serve.reflection.Reflected`.
         """
         checked = check_reply(
             completion.text,
@@ -319,7 +321,7 @@ class Assistant:
             abstain=self._abstain,
             unsupported=self._unsupported,
         )
-        signals = self._signals(asked, completion, checked, reflection) if written else {}
+        signals = self._signals(asked, completion, checked, reflection, answer_from) if written else {}
         confidence = None
         if signals and self._calibration is not None and checked.given:
             confidence = self._calibration.confidence(signals)
@@ -342,10 +344,15 @@ class Assistant:
         )
 
     def _signals(
-        self, asked: Asked, completion: Completion, checked: Checked, reflection: Reflection | None
+        self,
+        asked: Asked,
+        completion: Completion,
+        checked: Checked,
+        reflection: Reflection | None,
+        answer_from: int | None,
     ) -> dict[str, float]:
         """The signals of an answer, rounded to what a file keeps; none where they are not measured."""
-        if self._watch is None:
+        if self.watch is None:
             return {}
         reply = one_reply(completion.text).rstrip()
         answer = parse_reply(reply).answer
@@ -356,7 +363,11 @@ class Assistant:
             citations=checked.citations,
             rejected=len(checked.rejected),
             likelihood=likelihood_of(
-                completion, reply=reply, answer=answer, detokenize=self.engine.detokenize
+                completion,
+                reply=reply,
+                answer=answer,
+                detokenize=self.engine.detokenize,
+                answer_from=answer_from,
             ),
             reflection=reflection,
         )

@@ -29,7 +29,8 @@ class Reflected:
 
     ``shown`` are all passages that were looked at, in the order of their numbers; ``evidence`` are the numbers
     of those that the answer may rest on. ``completion`` is the one that won, its text without control tokens and
-    verdicts; ``raw`` is what the model wrote where that is more.
+    verdicts; ``raw`` is what the model wrote where that is more. ``answer_from`` is the token of ``completion`` with
+    which the answer begins, None where it is found by its text.
     """
 
     shown: list[Hit]
@@ -37,6 +38,7 @@ class Reflected:
     completion: Completion
     raw: str
     reflection: Reflection
+    answer_from: int | None = None
 
 
 class Ground(Protocol):
@@ -47,6 +49,8 @@ class Ground(Protocol):
     abstention: str
     # Passages of one retrieval where the back-end has no number of its own.
     top_k: int
+    # The token ids whose log-probabilities are recorded where the confidence is measured, else None.
+    watch: tuple[int, ...] | None
 
     @property
     def has_retriever(self) -> bool:

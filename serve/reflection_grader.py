@@ -84,7 +84,9 @@ class GraderReflector:
         for case in cases:
             self._select(case, ground)
         limit = max(item.max_tokens for item in asked)
-        completions = ground.engine.generate([case.prompt for case in cases], max_tokens=limit)
+        completions = ground.engine.generate(
+            [case.prompt for case in cases], max_tokens=limit, watch=ground.watch
+        )
         reflected = []
         for case, completion in zip(cases, completions, strict=True):
             text = one_reply(completion.text)

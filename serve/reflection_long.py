@@ -7,13 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from domains.records import Hit, JudgedSegment, Reflection
 from rag.answers import format_reply, parse_reply
-from serve.engine import Completion
+from serve.engine import Completion, Engine, LogProbs
 from serve.reflection import Ground, Reflected, abstained
 from serve.reflection_beam import Hypothesis, Opening, Step, context_tokens, search
 from serve.reflection_run import Stretch, Wish, judged, read_stretch, rounded
 from serve.reflection_scores import segment_score, wants_retrieval
+from serve.signals import token_at
 
 if TYPE_CHECKING:
     from serve.assistant import Asked
@@ -60,7 +63,7 @@ class LongForm:
             notes = [*reflection.notes, "no segment is left that its passage supports"]
             nothing = abstained(self._ground, len(item.tokens))
             return Reflected([], [], nothing, "", reflection.model_copy(update={"notes": notes}))
-        return _reflected(won, item, reflection)
+        return _reflected(won, item, reflection, self._ground.engine)
 
     def _expand(self, item: Asked, open_: Sequence[Hypothesis], tally: _Tally) -> list[list[Hypothesis]]:
         """The children of every hypothesis; those that may still be equally long are written in one call."""
@@ -88,7 +91,7 @@ class LongForm:
             completions = engine.generate(
                 [prompt for _, _, prompt in group],
                 max_tokens=length,
-                watch=self._vocabulary.watch,
+                watch=(*self._vocabulary.watch, *(self._ground.watch or ())),
                 stop=self._vocabulary.long_stop,
             )
             for (at, opening, _), completion in zip(group, completions, strict=True):
@@ -164,8 +167,11 @@ class _Tally:
         self.missing.update(read.missing)
 
 
-def _reflected(won: Hypothesis, item: Asked, reflection: Reflection) -> Reflected:
-    """The hypothesis as one reply: all quotes first, then the answers, each with the mark ``[n]`` of its passage."""
+def _reflected(won: Hypothesis, item: Asked, reflection: Reflection, engine: Engine) -> Reflected:
+    """The hypothesis as one reply: all quotes first, then the answers, each with the mark ``[n]`` of its passage.
+
+    Its tokens are those that the model wrote, in this order: what stands before the answers, then the answers.
+    """
     shown: list[Hit] = []
     segments: list[JudgedSegment] = []
     quotes: list[tuple[str, int]] = []
@@ -178,17 +184,40 @@ def _reflected(won: Hypothesis, item: Asked, reflection: Reflection) -> Reflecte
         if reply.answer:
             answers.append(f"{reply.answer} [{number}]" if number else reply.answer)
     text = format_reply(quotes=quotes, rationale="", answer=" ".join(answers))
-    tokens = [token for step in won.steps for token in step.stretch.written]
+    completion, answer_from = _joined([step.stretch for step in won.steps], text, len(item.tokens), engine)
     relevant = sorted(
         {one.number for one in segments if one.number and one.relevance is not None and one.relevance >= 0.5}
     )
     return Reflected(
         shown,
         list(range(1, len(shown) + 1)),
-        Completion(text, tokens, len(item.tokens), "stop"),
+        completion,
         text,
         reflection.model_copy(update={"segments": segments, "relevant": relevant}),
+        answer_from,
     )
+
+
+def _joined(
+    stretches: Sequence[Stretch], text: str, prompt_tokens: int, engine: Engine
+) -> tuple[Completion, int]:
+    """The stretches as one completion, and the token with which its answers begin."""
+    before: list[tuple[Stretch, slice]] = []
+    answers: list[tuple[Stretch, slice]] = []
+    for stretch in stretches:
+        answer = parse_reply(stretch.text).answer
+        at = engine.detokenize(stretch.plain).rfind(answer) if answer else -1
+        cut = len(stretch.plain) if at < 0 else token_at(stretch.plain, at, engine.detokenize)
+        before.append((stretch, slice(0, cut)))
+        answers.append((stretch, slice(cut, None)))
+    parts = [*before, *answers]
+    log_probs = LogProbs(
+        np.concatenate([stretch.plain_log_probs.taken[part] for stretch, part in parts]),
+        np.concatenate([stretch.plain_log_probs.watched[part] for stretch, part in parts]),
+    )
+    tokens = [token for stretch, part in parts for token in stretch.plain[part]]
+    first = sum(part.stop for _, part in before)
+    return Completion(text, tokens, prompt_tokens, "stop", log_probs), first
 
 
 def _number(hit: Hit, shown: list[Hit]) -> int:

@@ -10,7 +10,7 @@ from typing import Literal
 from domains.errors import ModelError
 from domains.records import JudgedSegment
 from rag.reflection import PARAGRAPH, RELEVANCE, RETRIEVE, SUPPORT, TOKENS, UTILITY
-from serve.engine import Completion, Engine
+from serve.engine import Completion, Engine, LogProbs
 from serve.reflection_scores import (
     RELEVANCE_WEIGHTS,
     SUPPORT_WEIGHTS,
@@ -123,7 +123,8 @@ class Wish:
 class Stretch:
     """What was read out of a completion.
 
-    ``written`` are its tokens without the one that ended it; ``plain`` those of the text alone. ``next_decision``
+    ``written`` are its tokens without the one that ended it; ``plain`` those of the text alone,
+    ``plain_log_probs`` theirs with what was watched beside the vocabulary's ids. ``next_decision``
     is the Retrieve token that it ended with, None where the answer is over. ``expected`` names the groups that
     the grammar asks for here, ``missing`` those of them that the model did not give.
     """
@@ -132,6 +133,7 @@ class Stretch:
     text: str
     written: tuple[int, ...]
     plain: tuple[int, ...]
+    plain_log_probs: LogProbs
     label: Label | None
     next_decision: Decision | None
     expected: tuple[str, ...]
@@ -141,7 +143,7 @@ class Stretch:
 def read_stretch(
     completion: Completion, vocabulary: Vocabulary, engine: Engine, *, has_passage: bool
 ) -> Stretch:
-    """Read a completion that was generated with ``watch = vocabulary.watch``.
+    """Read a completion that was generated with ``watch`` = `Vocabulary.watch`, more ids may follow.
 
     Relevance is read at the position right behind the passage; support and utility at the first position whose
     taken token is one of their group. A stretch without a passage has neither relevance nor support.
@@ -161,6 +163,7 @@ def read_stretch(
     relevance = group(vocabulary.relevance, RELEVANCE_WEIGHTS, 0) if has_passage else None
     support = group(vocabulary.support, SUPPORT_WEIGHTS, support_at) if has_passage else None
     utility = group(vocabulary.utility, UTILITY_WEIGHTS, first_of(taken, vocabulary.utility))
+    plain = [at for at, token in enumerate(completion.tokens) if token not in vocabulary.ids]
     following = {token: name for name, token in vocabulary.decisions.items()}
     next_decision = None if ended is None else following.get(ended)
     expected = _expected(relevance, has_passage=has_passage, last=next_decision is None)
@@ -169,7 +172,8 @@ def read_stretch(
         parts=Parts(relevance, support, utility, sequence_score([float(value) for value in probs.taken])),
         text=_text(completion.tokens, vocabulary, engine),
         written=tuple(completion.tokens),
-        plain=tuple(token for token in completion.tokens if token not in vocabulary.ids),
+        plain=tuple(completion.tokens[at] for at in plain),
+        plain_log_probs=LogProbs(probs.taken[plain], probs.watched[plain, len(vocabulary.watch) :]),
         label=_LABELS[vocabulary.support.index(taken[support_at])]
         if has_passage and support_at is not None
         else None,
@@ -197,8 +201,8 @@ def _end_token(completion: Completion, vocabulary: Vocabulary) -> int | None:
     if probs is None or completion.finish != "stop" or len(probs.taken) <= len(completion.tokens):
         return None
     last = probs.taken[-1]
-    return next(
-        (token for token, value in zip(vocabulary.watch, probs.watched[-1], strict=True) if value == last),
+    return next(  # more ids may be watched than the vocabulary's, behind them
+        (token for token, value in zip(vocabulary.watch, probs.watched[-1], strict=False) if value == last),
         None,
     )
 

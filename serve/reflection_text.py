@@ -40,7 +40,9 @@ class TextReflector:
         if not asked:
             return []
         limit = max(item.max_tokens for item in asked)
-        completions = ground.engine.generate([item.tokens for item in asked], max_tokens=limit)
+        completions = ground.engine.generate(
+            [item.tokens for item in asked], max_tokens=limit, watch=ground.watch
+        )
         return [self._read(item, written, ground) for item, written in zip(asked, completions, strict=True)]
 
     def _read(self, item: Asked, written: Completion, ground: Ground) -> Reflected:

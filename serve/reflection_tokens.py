@@ -3,7 +3,8 @@
 The question goes in without passages. Retrieval is decided by the normalised probability of ``[Retrieval]`` at the
 first generated position. Then either one answer per passage is written greedily and the best scored one is given
 (short form), or segments are searched by beam with fresh retrieval before each (long form). Ids are compared, never
-text, and only the probabilities of the 13 ids that carry a judgement are read.
+text, and only the probabilities of the 13 ids that carry a judgement are read (and, where the confidence is measured,
+that of the abstention's first token).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from domains.records import Hit, JudgedSegment, Reflection
 from rag.answers import is_abstention, parse_option, parse_reply, parse_yes_no
 from rag.prompt import closed_form
 from rag.reflection import render_passage
-from serve.engine import Completion, Engine, LogProbs
+from serve.engine import Completion, Engine
 from serve.reflection import Ground, Reflected, abstained
 from serve.reflection_long import LongForm
 from serve.reflection_run import Decision, Stretch, Vocabulary, Wish, judged, read_stretch, rounded
@@ -185,7 +186,10 @@ class TokenReflector:
         prompts = [prompt for plan in plans for prompt in plan.prompts]
         completions = iter(
             ground.engine.generate(
-                prompts, max_tokens=max_tokens, watch=self.vocabulary.watch, stop=self.vocabulary.short_stop
+                prompts,
+                max_tokens=max_tokens,
+                watch=(*self.vocabulary.watch, *(ground.watch or ())),
+                stop=self.vocabulary.short_stop,
             )
         )
         found = []
@@ -238,7 +242,7 @@ class TokenReflector:
         return Reflected(
             list(plan.hits),
             backing,
-            spoken(winner.completion, winner.stretch.text, self.vocabulary),
+            spoken(winner.completion, winner.stretch),
             winner.stretch.text,
             reflection.model_copy(update={"segments": [winner.judged()]}),
         )
@@ -249,16 +253,10 @@ def counted(groups: Iterable[Sequence[str]]) -> dict[str, int]:
     return dict(sorted(Counter(chain.from_iterable(groups)).items()))
 
 
-def spoken(completion: Completion, text: str, vocabulary: Vocabulary) -> Completion:
+def spoken(completion: Completion, stretch: Stretch) -> Completion:
     """A completion without its control tokens, its text and log-probabilities likewise."""
-    assert completion.log_probs is not None
-    kept = [at for at, token in enumerate(completion.tokens) if token not in vocabulary.ids]
-    taken = completion.log_probs.taken[kept]
     return replace(
-        completion,
-        text=text,
-        tokens=[completion.tokens[at] for at in kept],
-        log_probs=LogProbs(taken, completion.log_probs.watched[kept, :0]),
+        completion, text=stretch.text, tokens=list(stretch.plain), log_probs=stretch.plain_log_probs
     )
 
 

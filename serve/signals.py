@@ -96,37 +96,33 @@ def _judgements(reflection: Reflection | None) -> dict[str, float]:
 
 
 def likelihood_of(
-    completion: Completion, *, reply: str, answer: str, detokenize: Callable[[Sequence[int]], str]
+    completion: Completion,
+    *,
+    reply: str,
+    answer: str,
+    detokenize: Callable[[Sequence[int]], str],
+    answer_from: int | None = None,
 ) -> dict[str, float]:
     """Log-probabilities (natural, per token) of a reply and of the answer in it; zeros where none were recorded.
 
     Args:
         completion: generated with ``watch`` set to the abstention's first token.
-        reply: the part of its text that counts.
+        reply: the part of its tokens' text that counts; what stands before it (a verdict) is left out.
         answer: the last part of ``reply``.
         detokenize: of the engine; says which token a character comes from.
+        answer_from: the token with which the answer begins, where ``reply`` is not the tokens' text.
     """
     log_probs = completion.log_probs
     if log_probs is None or not len(log_probs.taken):
         return {**dict.fromkeys(SIGNALS[:4], 0.0), "abstain_log_prob": _LEAST_LOG_PROB}
-    at = reply.rfind(answer) if answer else len(reply)
-
-    def token_at(char: int) -> int:
-        """The first token whose text reaches beyond a character."""
-        low, high = 0, len(completion.tokens)
-        while low < high:
-            middle = (low + high) // 2
-            if len(detokenize(completion.tokens[: middle + 1])) > char:
-                high = middle
-            else:
-                low = middle + 1
-        return low
-
-    first, last = token_at(at), token_at(len(reply))
+    if answer_from is None:
+        begin, first, last = _places(completion.tokens, reply, answer, detokenize)
+    else:
+        begin, first, last = 0, answer_from, len(completion.tokens)
     taken = log_probs.taken.astype(np.float64)
     # The end token belongs to the answer: stopping there was a choice too.
-    whole = taken[: last + 1]
-    tail = taken[first : last + 1] if first < len(whole) else whole[-1:]
+    whole = taken[begin : last + 1] if begin < len(taken) else taken[-1:]
+    tail = taken[first : last + 1] if first < min(last + 1, len(taken)) else whole[-1:]
     instead = log_probs.watched[min(first, len(taken) - 1)]
     return {
         LIKELIHOOD: float(tail.mean()),
@@ -135,3 +131,31 @@ def likelihood_of(
         "reply_min_log_prob": float(whole.min()),
         "abstain_log_prob": max(_LEAST_LOG_PROB, float(instead[0])) if instead.size else _LEAST_LOG_PROB,
     }
+
+
+def token_at(tokens: Sequence[int], char: int, detokenize: Callable[[Sequence[int]], str]) -> int:
+    """The first token whose text reaches beyond a character; ``len(tokens)`` where none does."""
+    low, high = 0, len(tokens)
+    while low < high:
+        middle = (low + high) // 2
+        if len(detokenize(tokens[: middle + 1])) > char:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _places(
+    tokens: Sequence[int], reply: str, answer: str, detokenize: Callable[[Sequence[int]], str]
+) -> tuple[int, int, int]:
+    """The tokens with which the reply begins, the answer begins, and the one behind the reply."""
+    text = detokenize(tokens)
+    begin = text.find(reply)
+    # Where control tokens stood in the midst of it, the reply differs from the tokens' text by white space.
+    begin, ends = (begin, begin + len(reply)) if begin >= 0 else (0, len(text))
+    at = max(begin, text.rfind(answer, begin, ends)) if answer else ends
+    return (
+        token_at(tokens, begin, detokenize),
+        token_at(tokens, at, detokenize),
+        token_at(tokens, ends, detokenize),
+    )

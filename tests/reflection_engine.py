@@ -1,7 +1,8 @@
 """A scripted student with reflection tokens: a token is one of the 15 or a character; a function says what it writes.
 
 A script gets the prompt as text and gives the reply as text; probabilities can be written behind a token of a group as
-``{[Relevant]=0.8,[Irrelevant]=0.1}``: they are what the watched ids have at the position of that token.
+``{[Relevant]=0.8,[Irrelevant]=0.1}``: they are what the watched ids have at the position of that token. A character may
+stand in place of a token (nothing: a space).
 """
 
 from __future__ import annotations
@@ -112,7 +113,11 @@ def _written(reply: str) -> list[tuple[int, dict[int, float]]]:
     for piece in _SPLIT.findall(reply):
         if piece.startswith("{"):
             pairs = [item.rpartition("=") for item in piece[1:-1].split(",")]
-            out[-1] = out[-1][0], {IDS[name.strip()]: float(np.log(float(p))) for name, _, p in pairs}
+            out[-1] = out[-1][0], {_id(name.strip()): float(np.log(float(p))) for name, _, p in pairs}
         else:
             out.append((IDS[piece] if piece in IDS else ord(piece), {}))
     return out
+
+
+def _id(name: str) -> int:
+    return IDS[name] if name in IDS else ord(name or " ")

@@ -16,8 +16,9 @@ from serve.judges import EndpointChat, JudgeError, Label, RuleJudge, WordJudge, 
 from serve.reflection import Reflector, open_reflector
 from serve.reflection_grader import GraderReflector
 from serve.reflection_text import TextReflector
+from serve.signals import LIKELIHOOD, SIGNALS
 from tests.openai_server import Act, Call, OpenAIServer, status
-from tests.small_serving import ABSTAIN, FixedRetriever, ScriptedEngine, passage
+from tests.small_serving import ABSTAIN, FixedRetriever, ScriptedEngine, passage, scripted_assistant
 
 DOSE = "The adult dose of Brenzal is 40 mg once a day."
 
@@ -295,6 +296,27 @@ def test_passages_too_long_for_the_judge_are_no_reason_not_to_answer() -> None:
     assert answer.support == "supported"
     assert answer.reflection is not None
     assert "9000 tokens" in answer.reflection.notes[0]
+
+
+@pytest.mark.parametrize("backend", ["text", "grader"])
+def test_how_likely_the_answer_was_is_measured_as_without_a_back_end(backend: str) -> None:
+    reply = f'"{DOSE}" [2]\nAnswer: 40 mg once a day.'
+    plain, _, _ = scripted_assistant(reply, "Corvane", "Brenzal", signals=True)
+    expected = plain.ask("What is the dose?").signals
+    if backend == "text":
+        reply = f"{format_verdict([False, True])}\n{reply}"
+    reflector = (
+        TextReflector(distracting="abstain")
+        if backend == "text"
+        else grader(ScriptedJudge(["Corvane", "Brenzal"]))
+    )
+    assistant, _, _ = scripted_assistant(reply, "Corvane", "Brenzal", signals=True, reflector=reflector)
+    found = assistant.ask("What is the dose?").signals
+    assert {name: found[name] for name in SIGNALS[:5]} == {name: expected[name] for name in SIGNALS[:5]}
+    assert found[LIKELIHOOD] < 0
+    assert found["abstain_log_prob"] == -7
+    unmeasured, _, _ = scripted_assistant(reply, "Corvane", "Brenzal", reflector=reflector)
+    assert unmeasured.ask("What is the dose?").signals == {}
 
 
 def test_none_is_todays_path() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from serve.openai_schema import evidence
 from serve.reflection_run import Vocabulary, read_stretch
 from serve.reflection_scores import Weights
 from serve.reflection_tokens import Settings, TokenReflector
+from serve.signals import LIKELIHOOD
 from tests.reflection_engine import IDS, ReflectingEngine
 from tests.small_serving import ABSTAIN, TEXTS, FixedRetriever, passage
 
@@ -38,6 +40,7 @@ def assistant_of(
     max_tokens: int = 300,
     context: int = 100_000,
     withdraw: bool = False,
+    signals: bool = False,
     **settings: Any,
 ) -> tuple[Assistant, ReflectingEngine, Any]:
     engine: Any = ReflectingEngine(script, context=context)
@@ -50,6 +53,7 @@ def assistant_of(
         top_k=2,
         max_tokens=max_tokens,
         unsupported="withdraw" if withdraw else "keep",
+        signals=signals,
         reflector=TokenReflector(Vocabulary.of(engine), Settings(**settings)),
     )
     return assistant, engine, found
@@ -280,6 +284,44 @@ def test_a_stream_gives_the_final_text_in_one_piece() -> None:
     *pieces, answer = assistant.stream(assistant.prepare("Why?"))
     assert isinstance(answer, Answer)
     assert [piece for piece in pieces if piece] == [answer.text] == ["40 mg."]
+
+
+@pytest.mark.parametrize("form", ["short", "long"])
+def test_how_likely_the_answer_was_is_measured(form: str) -> None:
+    """Of the answer's own characters: quotes and control tokens are none of it. 0.9 is what the script takes else."""
+    quote = '"The adult dose of Brenzal is 40 mg once a day." [1]\nAnswer: '
+    text = quote + "4{4=0.2,=0.3}0 mg."
+    replies = {"Brenzal": GOOD + text + FULL + FIVE}
+    assistant, _, _ = assistant_of(short(replies), "Brenzal", form=form, signals=True)
+    signals = assistant.ask("What is the dose?").signals
+    logs = [math.log(0.2), *[math.log(0.9)] * 5]
+    assert signals[LIKELIHOOD] == pytest.approx(sum(logs) / 6, abs=1e-5)
+    assert signals["answer_min_log_prob"] == pytest.approx(math.log(0.2), abs=1e-5)
+    whole = [*logs, *[math.log(0.9)] * len(quote)]
+    assert signals["reply_mean_log_prob"] == pytest.approx(sum(whole) / len(whole), abs=1e-5)
+    assert signals["abstain_log_prob"] == pytest.approx(math.log(0.3), abs=1e-5)
+
+
+def test_the_likelihood_of_several_segments_is_that_of_all_their_answers() -> None:
+    def script(prompt: str) -> str:
+        if prompt.endswith("</paragraph>"):
+            return {
+                "Brenzal": GOOD + "Answer: S{S=0.5,=0.4}ee Moltrex." + FULL + "[Retrieval]",
+                "Corvane": BAD + "Answer: Cold." + NONE,
+                "Moltrex": GOOD + "W{W=0.01}ell:\nAnswer: N{N=0.2}o milk." + FULL + FIVE,
+            }[shown(prompt)]
+        return LOOK
+
+    assistant, _, _ = assistant_of(
+        script, retriever=Shelf("Brenzal", "Corvane", "Moltrex"), form="long", signals=True
+    )
+    answer = assistant.ask("What now?")
+    assert answer.raw == "Answer: See Moltrex. [1] No milk. [2]"
+    logs = [math.log(0.5), *[math.log(0.9)] * 11, math.log(0.2), *[math.log(0.9)] * 7]
+    assert answer.signals[LIKELIHOOD] == pytest.approx(sum(logs) / len(logs), abs=1e-5)
+    assert answer.signals["answer_min_log_prob"] == pytest.approx(math.log(0.2), abs=1e-5)
+    assert answer.signals["reply_min_log_prob"] == pytest.approx(math.log(0.01), abs=1e-5)
+    assert answer.signals["abstain_log_prob"] == pytest.approx(math.log(0.4), abs=1e-5)
 
 
 # -- the long form -----------------------------------------------------------------------------------
