@@ -40,7 +40,7 @@ from pipeline import ablation
 from pipeline.arms import PARALLEL, Conditions
 from pipeline.base_gguf import base_gguf
 from pipeline.exam import draw_questions, exam_questions
-from pipeline.fit_reflection import fit_student
+from pipeline.fit_reflection import ReflectionFit, fit_student
 from pipeline.job import run_job
 from pipeline.metrics import Mark
 from pipeline.progress import Lines, Progress
@@ -84,7 +84,7 @@ STUDENT_OF = {
 NOT_QUICK_ARMS = {"quotes_reranked", "kard_abstaining", "kard_voted", "tokens_fitted", "tokens_long"}
 SWEEP_N, SWEEP_K, SWEEP_SHARE = 3, (1, 5), (0.0, 1.0)  # beside the options' own
 VOTES = 5  # replies a question in the arm kard_voted
-FIT_QUESTIONS = 40  # of the seed split, for threshold and weights of tokens_fitted
+FIT_QUESTIONS = 80  # of the seed split and of the instructions, for threshold and weights of tokens_fitted
 DEVELOPMENT = 200  # prompts that the confidence of quotes is fitted to: seed questions, with and without their documents
 QUICK_DEVELOPMENT = 16  # with fewer than 8 right answers among them the likelihood ranks
 QUICK_ROWS = 400  # of MedQuAD, to learn the reranker from
@@ -233,9 +233,12 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
             "kard_voted": {"votes": Votes(VOTES)},
             "tokens_long": {"reflect": reflecting(domain, "tokens").model_copy(update={"form": "long"})},
         }
+        fit: dict[str, Any] = {}
         if "tokens_fitted" in options.arms:
             learnt = fitted_to(domain, students["tokens"], hybrid, varied["tokens"], progress)
-            ways["tokens_fitted"] = {"reflect": learnt}
+            # Asked whether its gate keeps it or not: is the gate right?
+            ways["tokens_fitted"] = {"reflect": with_fit(reflecting(domain, "tokens"), learnt.settings)}
+            fit = {"fit": learnt.facts}
         arms = {"base_rag": ablation.Asking(base_gguf(config.student.base), hybrid)}
         for name in (name for name in STUDENT_OF if name in options.arms):
             arms[name] = ablation.Asking(
@@ -262,7 +265,7 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
                 progress=progress,
             )
     facts = {
-        "rationales": len(taught), "rows": rows_of, "questions": len(questions), "top_k": top_k, "keep": options.keep
+        "rationales": len(taught), "rows": rows_of, "questions": len(questions), "top_k": top_k, "keep": options.keep, **fit
     }  # fmt: skip
     return {
         **student_figures(questions, marks, answers, calibration, seed=config.exam.seed),
@@ -402,8 +405,8 @@ def varied_rows(
 
 def fitted_to(
     domain: Domain, student: Path, hybrid: Retriever, rows: Sequence[Example], progress: Progress
-) -> ReflectSection:
-    """Self-RAG's back-end with threshold and weights fitted to this student on seed questions, unseen ones first."""
+) -> ReflectionFit:
+    """Threshold and weights of Self-RAG's back-end, fitted to this student on seed questions, unseen ones first."""
     config, reflect = domain.config, reflecting(domain, "tokens")
     with Engine(student, context=config.student.context, parallel=PARALLEL) as engine:
         assistant = Assistant(
@@ -411,8 +414,7 @@ def fitted_to(
             max_tokens=config.serve.max_tokens, unsupported="keep", reflector=open_reflector(reflect, engine),
         )  # fmt: skip
         seen = {row.question_id for row in rows}
-        found, _ = fit_student(domain, assistant, count=FIT_QUESTIONS, trained_on=seen, progress=progress)
-    return with_fit(reflect, found)
+        return fit_student(domain, assistant, count=FIT_QUESTIONS, trained_on=seen, progress=progress)
 
 
 def measure_unanswerable(options: argparse.Namespace, work: Path, progress: Progress) -> dict[str, Any]:

@@ -142,8 +142,9 @@ class ReflectSection(Record):
     segment score. ``distracting``: what is said when every passage is judged beside the point. ``judge`` is the
     grader's: word overlap (``rules``), an OpenAI-compatible endpoint, or a second GGUF; ``rewrites`` is how often it
     may look again with other words when no passage is relevant.
-    ``fit``: the calibrate stage fits ``threshold`` and weights of the ``tokens`` back-end to seed questions; what it
-    finds stands in for the values here.
+    ``fit``: the calibrate stage fits ``threshold`` and weights of the ``tokens`` back-end by grid search on seed questions
+    and on general instructions that training left out, answered in short form. What it finds stands in for the values
+    here (in long form too), but only where settings fitted to other documents are certainly better than these.
     """
 
     backend: Literal["none", "text", "tokens", "grader"] = "none"

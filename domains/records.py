@@ -104,6 +104,12 @@ class Instruction(Record):
     instruction: str = Field(min_length=1)
     answer: str = Field(min_length=1)
 
+    def as_question(self) -> Question:
+        """As a seed question: ``about`` no document."""
+        return Question(
+            id=self.id, kind="open", question=self.instruction, answer=self.answer, about="", split="seed"
+        )
+
 
 class Message(Record):
     """One turn of a chat."""

@@ -2,7 +2,8 @@
 
 reads    the domain's questions, train.jsonl, the index, bundle/student.gguf
 writes   calibration.jsonl (every development answer with its signals), bundle/calibration.json;
-         with reflection tokens also reflection.jsonl (what there was to choose from) and bundle/reflection.json;
+         with reflection tokens also reflection.jsonl (what there was to choose from), reflection.json (what came of
+         the fit) and, where it helps, bundle/reflection.json;
          with ``[serve] yes_no = "evidence"`` also yes_no.json (what came of the fit) and, where it helps,
          bundle/yes_no.json
 counts   asked = answered + abstained + too_long; answered = right + wrong
@@ -144,12 +145,13 @@ def _fit_reflection(
 ) -> tuple[ReflectSection, dict[str, Any]]:
     """The settings that serving will reflect with; where the student has reflection tokens they are fitted here.
 
-    The numbers of the fit come as ``reflection``.
+    What was fitted is used only where it is certainly better than what is configured. The numbers of the fit come as
+    ``reflection``.
     """
     from rag.retrieve import open_retriever
 
     config = domain.config
-    (run.bundle / FITTED_REFLECTION).unlink(missing_ok=True)
+    drop_file(run.bundle, FITTED_REFLECTION)
     if config.reflect.backend != "tokens" or not config.reflect.fit:
         return config.reflect, {}
     reflector = open_reflector(config.reflect, engine)
@@ -165,7 +167,7 @@ def _fit_reflection(
             unsupported="keep",
             reflector=reflector,
         )
-        found, facts = fit_student(
+        found = fit_student(
             domain,
             assistant,
             count=config.calibrate.questions,
@@ -173,10 +175,11 @@ def _fit_reflection(
             progress=progress,
             keep=run.reflection_fit.with_suffix(".jsonl"),
         )
-    write_text_atomic(run.reflection_fit, json.dumps(facts, indent=1) + "\n")
-    write_text_atomic(run.bundle / FITTED_REFLECTION, found.model_dump_json(indent=1) + "\n")
-    note_files(run.bundle, [FITTED_REFLECTION])
-    return fitted(config.reflect, run.bundle), {"reflection": facts}
+    write_text_atomic(run.reflection_fit, json.dumps(found.facts, indent=1) + "\n")
+    if not found.reason:
+        write_text_atomic(run.bundle / FITTED_REFLECTION, found.settings.model_dump_json(indent=1) + "\n")
+        note_files(run.bundle, [FITTED_REFLECTION])
+    return fitted(config.reflect, run.bundle), {"reflection": found.facts}
 
 
 def _write(bundle: Path, calibration: Calibration) -> None:

@@ -32,7 +32,7 @@ from pipeline.judge import Judge, keep_clear, select
 from pipeline.progress import Progress
 from pipeline.questions import read_all_questions
 from pipeline.reflect_ground import Ground
-from pipeline.reflect_rows import as_question, token_rows
+from pipeline.reflect_rows import token_rows
 from pipeline.rows import Kept, Origin, RowBuilder
 from pipeline.run_folder import Report, Run, disk_errors, need
 from pipeline.verdict_rows import verdict_rows
@@ -87,7 +87,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         progress.start("writing training rows", 0)
         facts: dict[str, Any] = {"exam_templates": guard.templates}
         if domain.config.reflect.backend in {"tokens", "text"}:
-            general, double = keep_clear([as_question(each) for each in domain.read_instructions()], guard)
+            general, double = keep_clear([each.as_question() for each in domain.read_instructions()], guard)
             contaminated = [*contaminated, *double]
             rows, counts, facts["critic"] = _reflecting(
                 domain, run, retriever, kept, clear, general, progress

@@ -1,7 +1,9 @@
 """Threshold and weights of Self-RAG's inference, fitted on a development set (arXiv 2310.11511 §3.3, appendix A).
 
 The student answers every development question once without passages and once per passage; threshold and weights
-then only choose among what is there, so the whole grid costs no further pass.
+then only choose among what is there, so the whole grid costs no further pass. The best of some 3,000 settings looks
+good on the questions that it was chosen by, so what it is worth is measured out of fold, by document, and it is kept only
+where it is certainly better there than what is configured.
 """
 
 from __future__ import annotations
@@ -12,11 +14,15 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from domains.config import ReflectSection
 from domains.domain import Domain
 from domains.jsonl import write_jsonl
+from pipeline.bootstrap import paired_difference
 from pipeline.progress import Progress
-from pipeline.reflection_cases import Case, collect, development_questions, worth
+from pipeline.reflection_cases import Case, collect, development_questions, general_questions, worth
 from pipeline.selective import Bin, calibration_error, reliability
 from serve.assistant import Assistant
 from serve.reflection_fit import FittedReflection
@@ -25,13 +31,19 @@ from serve.reflection_tokens import open_tokens
 
 THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 WEIGHT_GRID = (0.0, 0.5, 1.0, 2.0)
+GENERAL_SHARE = 0.25  # of the development questions, where there are instructions: the critic's share of them
+LEAST_DOCUMENTS = 10  # as in the exam: fewer, drawn whole, give intervals that are too narrow
+FOLDS, REPEATS = 5, 5
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Fit:
     """The best of the grid, and the present settings for comparison; scores are mean outcomes in [0, 1].
 
-    ``retrieval_rate`` is that of the best. ``tried`` counts settings.
+    ``retrieval_rate`` is that of the best, ``retrieval_rate_general`` that of questions that need no passage (None
+    without such). ``tried`` counts settings. ``out_of_fold`` is the mean outcome of settings that were chosen without the
+    questions' documents, ``gain`` (mean, low, high) what it has above ``before``.
     """
 
     threshold: float
@@ -41,8 +53,20 @@ class Fit:
     always: float
     never: float
     retrieval_rate: float
+    retrieval_rate_general: float | None
     questions: int
+    documents: int
     tried: int
+    out_of_fold: float
+    gain: tuple[float, float, float]
+
+    def refusal(self) -> str:
+        """Why it is not kept; empty where it is."""
+        if self.documents < LEAST_DOCUMENTS:
+            return f"the questions are about {self.documents} documents, and {LEAST_DOCUMENTS} are needed"
+        if self.gain[1] <= 0:
+            return "it is not certainly better than the settings of [reflect]"
+        return ""
 
     def settings(self) -> FittedReflection:
         """What serving reads."""
@@ -56,6 +80,7 @@ class Fit:
             score=self.score,
             before=self.before,
             retrieval_rate=self.retrieval_rate,
+            gain=[round(value, 4) for value in self.gain],
         )
 
     def toml(self) -> str:
@@ -84,12 +109,13 @@ def outcome(case: Case, *, threshold: float, weights: Weights, drop_unsupported:
     return allowed[won].outcome, True
 
 
-def fit(cases: Sequence[Case], present: ReflectSection) -> Fit:
+def fit(cases: Sequence[Case], present: ReflectSection, *, seed: int = 0) -> Fit:
     """The settings of the grid with the highest mean outcome; of equals, the nearest to the present ones.
 
     Args:
         cases: see `collect`.
         present: what is configured now.
+        seed: of the folds and the interval.
     """
     start = Weights(
         relevance=present.relevance_weight,
@@ -98,37 +124,85 @@ def fit(cases: Sequence[Case], present: ReflectSection) -> Fit:
         sequence=present.sequence_weight,
     )
     drop = present.drop_unsupported
+    now = (present.threshold, start)
+    grid = [now, *_grid(present.threshold, start)]
 
-    def mean(threshold: float, weights: Weights) -> float:
-        values = [
-            outcome(case, threshold=threshold, weights=weights, drop_unsupported=drop)[0] for case in cases
-        ]
-        return sum(values) / len(values)
+    def outcomes(threshold: float, weights: Weights) -> list[tuple[float, bool]]:
+        return [outcome(case, threshold=threshold, weights=weights, drop_unsupported=drop) for case in cases]
 
-    def far(threshold: float, weights: Weights) -> float:
-        pairs = zip(astuple(weights), astuple(start), strict=True)
-        return abs(threshold - present.threshold) + sum(
-            abs(float(one) - float(other)) for one, other in pairs
-        )
-
-    tried = [
-        (mean(threshold, weights), -far(threshold, weights), threshold, weights)
-        for weights in _weights(start)
-        for threshold in sorted({*THRESHOLDS, present.threshold})
-    ]
-    score, _, threshold, weights = max(tried, key=lambda item: item[:2])
-    looked = [outcome(case, threshold=threshold, weights=weights, drop_unsupported=drop)[1] for case in cases]
+    # Stable, so of equally good ones the nearest comes first.
+    grid.sort(key=lambda setting: _far(setting, now))
+    table = np.array([[value for value, _ in outcomes(*setting)] for setting in grid])  # [settings, cases]
+    documents = [case.about or case.question_id for case in cases]
+    found = int(table.mean(axis=1).argmax())
+    threshold, weights = grid[found]
+    before = table[grid.index(now)]
+    unseen = _out_of_fold(table, documents, seed=seed)
+    ones = [1.0] * len(cases)
+    gain = paired_difference(
+        (unseen.tolist(), ones), (before.tolist(), ones), clusters=documents, resamples=RESAMPLES, seed=seed
+    )
+    assert gain is not None  # there are questions
+    looked = [way for _, way in outcomes(threshold, weights)]
+    general = [way for way, case in zip(looked, cases, strict=True) if not case.about]
     return Fit(
         threshold=threshold,
         weights=weights,
-        score=score,
-        before=mean(present.threshold, start),
-        always=mean(-1.0, start),
-        never=mean(1.0, start),
+        score=float(table[found].mean()),
+        before=float(before.mean()),
+        always=_mean(outcomes(-1.0, start)),
+        never=_mean(outcomes(1.0, start)),
         retrieval_rate=sum(looked) / len(looked),
+        retrieval_rate_general=sum(general) / len(general) if general else None,
         questions=len(cases),
-        tried=len(tried),
+        documents=len(set(documents)),
+        tried=len(grid),
+        out_of_fold=float(unseen.mean()),
+        gain=(gain.mean, gain.low, gain.high),
     )
+
+
+def _mean(outcomes: Sequence[tuple[float, bool]]) -> float:
+    return sum(value for value, _ in outcomes) / len(outcomes)
+
+
+def _out_of_fold(table: NDArray[np.float64], documents: Sequence[str], *, seed: int) -> NDArray[np.float64]:
+    """What each case is worth with the settings that are best for the other folds' documents, over several deals.
+
+    Args:
+        table: [settings, cases], of equally good settings the first is taken.
+        documents: [cases]; equal ones share a fold.
+        seed: deals the folds.
+    """
+    names = {name: at for at, name in enumerate(dict.fromkeys(documents))}
+    member = np.array([names[name] for name in documents])
+    worth = np.zeros(len(documents))
+    for repeat in range(REPEATS):
+        fold = (np.random.default_rng(seed + repeat).permutation(len(names)) % FOLDS)[member]
+        for number in range(FOLDS):
+            out = fold == number
+            # All of one document: nothing is left to choose by, the nearest setting stays.
+            best_there = int(table[:, ~out].mean(axis=1).argmax()) if not out.all() else 0
+            worth[out] += table[best_there, out] / REPEATS
+    return worth
+
+
+Setting = tuple[float, Weights]
+
+
+def _far(one: Setting, other: Setting) -> float:
+    pairs = zip(astuple(one[1]), astuple(other[1]), strict=True)
+    return abs(one[0] - other[0]) + sum(abs(float(a) - float(b)) for a, b in pairs)
+
+
+def _grid(threshold: float, weights: Weights) -> list[Setting]:
+    """Every setting but the present one."""
+    return [
+        (at, each)
+        for each in _weights(weights)
+        for at in sorted({*THRESHOLDS, threshold})
+        if (at, each) != (threshold, weights)
+    ]
 
 
 def _weights(present: Weights) -> list[Weights]:
@@ -153,6 +227,18 @@ def retrieval_reliability(cases: Sequence[Case]) -> tuple[list[Bin], float]:
     return table, calibration_error(table)
 
 
+@dataclass(frozen=True)
+class ReflectionFit:
+    """``settings`` are the best of the grid; ``reason`` says why they are not kept, empty where they are.
+
+    ``facts`` are all numbers as plain data.
+    """
+
+    settings: FittedReflection
+    reason: str
+    facts: dict[str, Any]
+
+
 def fit_student(
     domain: Domain,
     assistant: Assistant,
@@ -161,13 +247,13 @@ def fit_student(
     trained_on: Set[str],
     progress: Progress,
     keep: Path | None = None,
-) -> tuple[FittedReflection, dict[str, Any]]:
-    """Fit the settings of a domain's student: what serving reads, and all numbers as plain data.
+) -> ReflectionFit:
+    """Fit the settings of a domain's student.
 
     Args:
-        domain: whose seed questions are drawn.
+        domain: whose seed questions and general instructions are drawn.
         assistant: of the bundle, with a retriever.
-        count: most development questions, 0 = all.
+        count: most development questions, 0 = all; up to a quarter of them are general instructions.
         trained_on: ids of the questions in the training rows.
         progress: told what happens.
         keep: where the cached candidates are written, JSONL.
@@ -178,33 +264,54 @@ def fit_student(
     """
     reflect = domain.config.reflect
     reflector = open_tokens(reflect, assistant.engine)
+    general = general_questions(
+        domain.read_instructions(),
+        count=max(1, round(GENERAL_SHARE * count)) if count else 0,
+        seed=reflect.seed,
+        trained_on=trained_on,
+    )
     questions = development_questions(
-        domain.read_questions(), count=count, seed=reflect.seed, trained_on=trained_on
+        domain.read_questions(),
+        count=max(1, count - len(general)) if count else 0,
+        seed=reflect.seed,
+        trained_on=trained_on,
     )
     cases = collect(
         assistant,
         reflector,
-        questions,
+        [*questions, *general],
         value=lambda question, text, asked: worth(question, text, assistant, asked),
         progress=progress,
     )
     if keep is not None:
         write_jsonl(keep, cases)
-    found = fit(cases, reflect)
+    found = fit(cases, reflect, seed=reflect.seed)
     table, error = retrieval_reliability(cases)
-    progress.say(
-        f"reflection fitted on {found.questions} questions: {100 * found.before:.0f} -> {100 * found.score:.0f} points, "
-        f"threshold {found.threshold:g}, retrieves for {100 * found.retrieval_rate:.0f} %"
-    )
+    reason = found.refusal()
+    progress.say(_told(found, reason))
     if found.retrieval_rate in {0.0, 1.0}:
         progress.say(
             "the fitted threshold retrieves for all questions or none: the decision tells nothing apart"
         )
     facts = {
         **asdict(found),
+        "gain": [round(value, 4) for value in found.gain],
+        "kept": not reason,
+        "reason": reason,
+        "general": len(general),
         "trained_on": sum(question.id in trained_on for question in questions),
         "toml": found.toml(),
         "retrieval_reliability": [asdict(each) for each in table],
         "retrieval_calibration_error": error,
     }
-    return found.settings(), facts
+    return ReflectionFit(found.settings(), reason, facts)
+
+
+def _told(found: Fit, reason: str) -> str:
+    low, high = (f"{100 * value:+.1f}" for value in found.gain[1:])
+    kept = f"not kept, [reflect] decides: {reason}" if reason else "kept"
+    return (
+        f"reflection fitted on {found.questions} questions: {100 * found.before:.1f} -> {100 * found.out_of_fold:.1f} "
+        f"points out of fold (gain {low} to {high}), threshold {found.threshold:g}, retrieves for "
+        f"{100 * found.retrieval_rate:.0f} %: {kept}"
+    )

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from domains.records import Critique, Example, Instruction, Passage, Question, Segment
+from domains.records import Critique, Example, Passage, Question, Segment
 from domains.words import squash
 from pipeline.augment import Draft, Reflected, augment, split_answer, to_example
 from pipeline.reflect_ground import Ground, room_for, wanted_extra
@@ -47,7 +47,7 @@ def token_rows(
         ground: what the rows are made of.
         kept: rationales that passed, with their questions.
         unanswerable: questions that no document answers.
-        instructions: that no document is needed for (`as_question`).
+        instructions: that no document is needed for (`Instruction.as_question`).
         irrelevant_share: of the rows, answerable questions with passages beside the point.
         abstention_share: the most rows that abstain.
     """
@@ -91,13 +91,6 @@ def token_rows(
     )
     counts.update(f"{row.origin}_rows" for row in rows)
     return rows, counts, labels
-
-
-def as_question(instruction: Instruction) -> Question:
-    """A general instruction as the critic is asked of it: ``about`` no document."""
-    return Question(
-        id=instruction.id, kind="open", question=instruction.instruction, answer=instruction.answer, about="", split="seed"
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)

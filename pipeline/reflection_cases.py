@@ -1,7 +1,8 @@
 """What a reflecting student answers to development questions, in every way that serving could choose.
 
 Each question is answered once without passages and once per passage. The development set is drawn by document from
-the seed questions and never holds an exam question.
+the seed questions and never holds an exam question; general instructions that training left out stand for the
+questions that need no passage.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict, replace
 
 from domains.errors import DataError
-from domains.records import Question, Record
+from domains.records import Instruction, Question, Record
 from pipeline.metrics import mark_answer
 from pipeline.progress import Progress
 from rag.prompt import closed_form, render_question
@@ -37,10 +38,11 @@ class CachedAnswer(Record):
 class Case(Record):
     """A development question with all its candidates: ``closed`` is the answer without a passage.
 
-    ``nothing`` is what the abstention is worth here.
+    ``nothing`` is what the abstention is worth here; ``about`` the question's document, empty where it needs none.
     """
 
     question_id: str
+    about: str
     is_closed: bool
     p_retrieve: float | None
     closed: CachedAnswer
@@ -71,6 +73,22 @@ def development_questions(
         )
     drawn = sorted(seeds, key=lambda each: (each.id in trained_on, _place(each.about, seed), each.id))
     return drawn[:count] if count else drawn
+
+
+def general_questions(
+    instructions: Sequence[Instruction], *, count: int, seed: int, trained_on: Set[str]
+) -> list[Question]:
+    """General instructions that no training row is made of, in a drawn order: questions that need no passage.
+
+    Args:
+        instructions: the domain's, see ``[reflect] instructions``.
+        count: how many at most; 0 = all.
+        seed: of the draw.
+        trained_on: ids of what the student was trained on.
+    """
+    unseen = [each for each in instructions if each.id not in trained_on]
+    drawn = sorted(unseen, key=lambda each: _place(each.id, seed))
+    return [each.as_question() for each in (drawn[:count] if count else drawn)]
 
 
 def _place(document: str, seed: int) -> str:
@@ -143,6 +161,7 @@ def _case(
 
     return Case(
         question_id=question.id,
+        about=question.about,
         is_closed=form is not None,
         p_retrieve=plan.wish.p_retrieve,
         closed=cached(closed),

@@ -232,7 +232,7 @@ STAGES = (
     Stage(
         name="calibrate",
         summary="how sure the served student is, fitted to seed questions",
-        reads=("questions", "index", "examples", "served", "reranker"),
+        reads=("questions", "index", "examples", "served", "reranker", "instructions"),
         writes=("calibration",),
         sections=("domain", "student", "retrieve", "rerank", "reflect", "calibrate", "serve"),
         prompts=("system",),

@@ -18,8 +18,9 @@ Weight = Annotated[float, Field(ge=0)]
 class FittedReflection(Record):
     """What decides in Self-RAG's inference (arXiv 2310.11511 §3.3), as fitted on development questions.
 
-    ``score`` is the mean outcome there with these settings, ``before`` with those of ``[reflect]``; both in [0, 1]
-    and of the questions that were fitted to, so no measure of what to expect of others.
+    ``score`` is the mean outcome there with these settings, ``before`` with those of ``[reflect]``; both in [0, 1].
+    ``score`` is of the questions that were fitted to, so no measure of what to expect of others: that is ``gain``
+    (mean, low, high), what a fit to other documents is worth above ``before``.
     """
 
     threshold: Annotated[float, Field(ge=0, le=1)]
@@ -31,6 +32,7 @@ class FittedReflection(Record):
     score: float
     before: float
     retrieval_rate: float
+    gain: list[float] = Field(min_length=3, max_length=3)
 
 
 def fitted(reflect: ReflectSection, bundle: Path) -> ReflectSection:

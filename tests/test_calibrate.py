@@ -286,29 +286,48 @@ def test_a_real_student_is_calibrated_and_its_bundle_opens_with_it(real_run: tup
         open_bundle(run.bundle, parallel=1, unready_ok=True)
 
 
-def test_a_reflecting_students_threshold_and_weights_are_fitted_for_serving(
-    reflecting: tuple[Path, Run, Report],
+def test_what_was_fitted_is_used_where_it_is_certainly_better(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from pipeline.fit_reflection import Fit
     from serve.manifest import read_manifest
     from serve.models import sha256_file
     from serve.reflection_fit import FittedReflection, fitted
+    from tests.tiny_llama import write_reflecting_gguf
 
-    folder, run, report = reflecting
+    monkeypatch.setattr(Fit, "refusal", lambda _: "")  # when it does is tested in test_fit_reflection
+    folder, run = exported(tmp_path, write_reflecting_gguf(tmp_path), REFLECTING)
+    report = stage.run(load_domain(str(folder)), run, Silent())
     path = run.bundle / "reflection.json"
     found = FittedReflection.model_validate_json(path.read_text("utf-8"))
     assert found.questions == 3  # the seed questions, never the exam's
     assert found.score >= found.before
     served = fitted(load_domain(str(folder)).config.reflect, run.bundle)
     assert (served.threshold, served.support_weight) == (found.threshold, found.support_weight)
-    cases = run.reflection_fit.with_suffix(".jsonl").read_text("utf-8").splitlines()
-    assert {json.loads(case)["question_id"] for case in cases} == {"dose", "milk", "price"}
     facts = report.facts["reflection"]
-    assert facts == json.loads(run.reflection_fit.read_text("utf-8"))
     assert (facts["threshold"], facts["weights"]["support"]) == (found.threshold, found.support_weight)
-    assert all(0 <= each["confidence"] <= 1 for each in facts["retrieval_reliability"])
-    assert 0 <= facts["retrieval_calibration_error"] <= 1
     assert read_calibration(run.bundle / "calibration.json").sources["reflection.json"] == sha256_file(path)
     assert "reflection.json" in read_manifest(run.bundle).files
+
+
+def test_what_is_not_certainly_better_leaves_domain_toml_in_charge(
+    reflecting: tuple[Path, Run, Report],
+) -> None:
+    from serve.manifest import read_manifest
+    from serve.reflection_fit import fitted
+
+    folder, run, report = reflecting
+    facts = report.facts["reflection"]
+    assert facts == json.loads(run.reflection_fit.read_text("utf-8"))
+    assert (facts["kept"], "about 3 documents" in facts["reason"]) == (False, True)
+    assert not (run.bundle / "reflection.json").exists()
+    assert "reflection.json" not in read_manifest(run.bundle).files
+    reflect = load_domain(str(folder)).config.reflect
+    assert fitted(reflect, run.bundle) == reflect
+    cases = run.reflection_fit.with_suffix(".jsonl").read_text("utf-8").splitlines()
+    assert {json.loads(case)["question_id"] for case in cases} == {"dose", "milk", "price"}
+    assert all(0 <= each["confidence"] <= 1 for each in facts["retrieval_reliability"])
+    assert 0 <= facts["retrieval_calibration_error"] <= 1
 
 
 def test_a_reflecting_student_is_shown_as_many_passages_as_serving_shows(

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pytest
 
 from domains.config import ReflectSection
 from domains.errors import DataError
-from domains.records import Answer, JudgedSegment, Question, Reflection
+from domains.records import Answer, Instruction, JudgedSegment, Question, Reflection
 from pipeline.fit_reflection import fit, outcome, retrieval_reliability
 from pipeline.metrics import mark_answer
 from pipeline.plots import plot_reliability
 from pipeline.progress import Silent
-from pipeline.reflection_cases import CachedAnswer, Case, collect, development_questions
+from pipeline.reflection_cases import CachedAnswer, Case, collect, development_questions, general_questions
 from pipeline.reflection_report import describe_reflection
 from serve.reflection_run import Vocabulary
 from serve.reflection_scores import Weights
@@ -29,9 +30,12 @@ def candidate(outcome: float, *, relevance: float = 0.5, support: float = 0.0, *
     return CachedAnswer(relevance=relevance, support=support, outcome=outcome, **facts)
 
 
-def case(p_retrieve: float, closed: float, *candidates: CachedAnswer, is_closed: bool = False) -> Case:
+def case(
+    p_retrieve: float, closed: float, *candidates: CachedAnswer, is_closed: bool = False, about: str = "d"
+) -> Case:
     return Case(
         question_id="q",
+        about=about,
         is_closed=is_closed,
         p_retrieve=p_retrieve,
         closed=candidate(closed),
@@ -59,6 +63,70 @@ def test_the_weights_are_those_that_pick_the_right_passage() -> None:
     assert found.before == 0
     assert found.score == 1
     assert found.weights.support > found.weights.relevance
+
+
+def test_a_gain_that_other_documents_show_too_is_kept() -> None:
+    """Passages hurt up to p = 0.5 in every document, so does every fit to some of them say."""
+    cases = [
+        each
+        for number in range(12)
+        for each in (
+            case(0.9, 0, candidate(1), about=f"d{number}"),
+            case(0.4, 1, candidate(0), about=f"d{number}"),
+        )
+    ]
+    found = fit(cases, ReflectSection())
+    assert (found.before, found.score, found.out_of_fold, found.threshold) == (0.5, 1.0, 1.0, 0.4)
+    assert found.gain == (0.5, 0.5, 0.5)
+    assert found.refusal() == ""
+    assert found.settings().gain == [0.5, 0.5, 0.5]
+
+
+def test_the_best_of_many_settings_by_chance_is_not_kept() -> None:
+    """Outcomes are drawn without regard to any judgement: one of 3,000 settings looks good all the same."""
+    rng = np.random.default_rng(0)
+
+    def drawn() -> CachedAnswer:
+        return candidate(
+            float(rng.random() < 0.5), relevance=float(rng.random()), support=float(rng.random())
+        )
+
+    cases = [
+        case(
+            float(rng.random()),
+            float(rng.random() < 0.5),
+            *[drawn() for _ in range(4)],
+            about=f"d{number // 2}",
+        )
+        for number in range(60)
+    ]
+    found = fit(cases, ReflectSection())
+    assert found.score > found.before
+    assert found.out_of_fold < found.before
+    assert found.gain[0] == pytest.approx(found.out_of_fold - found.before)
+    assert found.gain[1] < 0 < found.gain[2]
+    assert "not certainly better" in found.refusal()
+
+
+def test_too_few_documents_keep_nothing() -> None:
+    cases = [case(0.9, 1, candidate(0), about=f"d{number}") for number in range(9)]
+    assert "about 9 documents, and 10 are needed" in fit(cases, ReflectSection()).refusal()
+
+
+def test_instructions_of_no_training_row_say_how_often_it_looks_in_vain() -> None:
+    general = [Instruction(id=f"g{number}", instruction=f"Add {number}.", answer="3") for number in range(9)]
+    seen = {"g1", "g4"}
+    drawn = general_questions(general, count=0, seed=0, trained_on=seen)
+    assert {item.id for item in drawn} == {f"g{number}" for number in range(9)} - seen
+    assert {(item.kind, item.about) for item in drawn} == {("open", "")}
+    assert general_questions(general, count=3, seed=0, trained_on=seen) == drawn[:3]
+    cases = [
+        case(0.9, 0, candidate(1)),
+        case(0.9, 1, candidate(1), about=""),
+        case(0.1, 1, candidate(1), about=""),
+    ]
+    assert fit(cases, ReflectSection()).retrieval_rate_general == 0.5
+    assert fit(cases[:1], ReflectSection()).retrieval_rate_general is None
 
 
 def test_settings_are_worth_what_serving_would_have_said() -> None:

@@ -23,7 +23,7 @@ from pipeline.critic_rules import NAME, RuleCritic
 from pipeline.critics import draw_sample
 from pipeline.progress import Silent
 from pipeline.reflect_ground import Ground
-from pipeline.reflect_rows import as_question, token_rows
+from pipeline.reflect_rows import token_rows
 from pipeline.rows import Kept, gold_quotes
 from pipeline.run_folder import Run
 from pipeline.verdict_rows import draw_passages, verdict_rows
@@ -219,9 +219,9 @@ def test_the_stage_writes_what_the_backend_needs(made: tuple[Path, Path], backen
 def test_general_instructions_open_without_retrieval_and_are_kept_by_the_published_share() -> None:
     kept = all_kept()
     general = [
-        as_question(
-            Instruction(id=f"g{place}", instruction=f"What is {place} plus 1?", answer=f"{place + 1}.")
-        )
+        Instruction(
+            id=f"g{place}", instruction=f"What is {place} plus 1?", answer=f"{place + 1}."
+        ).as_question()
         for place in range(200)
     ]
     rows, counts, labels = token_rows(
@@ -252,9 +252,9 @@ def test_an_instruction_that_the_critic_would_look_up_is_left_out_and_counted() 
                 for each in said
             ]
 
-    one = as_question(
-        Instruction(id="g", instruction="What does an alder like?", answer="An alder likes wet feet.")
-    )
+    one = Instruction(
+        id="g", instruction="What does an alder like?", answer="An alder likes wet feet."
+    ).as_question()
     rows, counts, _ = token_rows(
         replace(ground(finds_home), critic=Curious()),
         [],

@@ -93,7 +93,7 @@ def test_what_was_fitted_stands_in_for_domain_toml(tmp_path: Path, gguf: Path) -
     bundle = make_bundle(tmp_path, gguf, "tokens")
     fit = FittedReflection(
         threshold=1.0, relevance_weight=1, support_weight=1, utility_weight=0, sequence_weight=0,
-        questions=9, score=0.5, before=0.4, retrieval_rate=0.0,
+        questions=9, score=0.5, before=0.4, retrieval_rate=0.0, gain=[0.1, 0.05, 0.15],
     )  # fmt: skip
     (bundle / "reflection.json").write_text(fit.model_dump_json(), encoding="utf-8")
     with open_bundle(bundle, parallel=2) as opened:
