@@ -600,13 +600,14 @@ def _print_search(found: dict[str, Any]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("file")
-    for name in ("MB", "bits", "KL", "same top", "score", "prompt/s", "reply/s"):
+    for name in ("MB", "untied", "bits", "KL", "same top", "score", "prompt/s", "reply/s"):
         table.add_column(name, justify="right")
     for row in found["candidates"]:
         score = "-" if row["exam"] is None else f"{100 * row['exam']:.0f}"
         table.add_row(
             ("* " if row["name"] == found["winner"] else "  ") + row["name"],
             f"{row['bytes'] / 1e6:.0f}",
+            f"{row['untied_bytes'] / 1e6:.0f}" if row["untied_bytes"] else "-",
             f"{row['block_bits_per_weight']:.2f}",
             f"{row['kl']:.4f}",
             f"{100 * row['top1_agreement']:.1f} %",
@@ -619,6 +620,7 @@ def _print_search(found: dict[str, Any]) -> None:
         console.print(f"  {escape(reason)}", highlight=False, soft_wrap=True)
     if found.get("rotation"):
         console.print(f"  {escape(found['rotation'])}", highlight=False, soft_wrap=True)
+    console.print("untied: MB of these for an output matrix of its own", markup=False)
     console.print('To keep the choice for `run`: [export] rounding = "search" in domain.toml.', markup=False)
 
 

@@ -207,7 +207,7 @@ def prepare(options: argparse.Namespace) -> Ground:
         examples=examples,
         exam=exam[: sizes.exam],
         sizes=sizes,
-        settings=replace(settings_of(domain), epochs=sizes.epochs),
+        settings=replace(settings_of(domain), epochs=sizes.epochs, learning_rate=LEARNING_RATES["qlora"]),
         learned=[*known, *(each.text for each in loaded if each.doc_id not in held)],
         unseen=[each.text for each in loaded if each.doc_id in held],
         unseen_articles=unknown,

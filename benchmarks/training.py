@@ -58,7 +58,8 @@ TOP_LAYERS = 15  # of 30, for the cache of frozen layers
 # Lever -> what it is measured beside, and the switches that turn it off.
 LEVERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "parallel_packs": ({}, {"parallel_packs": False}),
-    "packing": ({}, {"packing": False}),
+    # packs are what is shared among cores: without them, neither side has parallel_packs
+    "packing": ({"parallel_packs": False}, {"parallel_packs": False, "packing": False}),
     "even_lengths": ({}, {"even_lengths": False}),
     "supervised_head": ({}, {"supervised_head": False}),
     "chunked_loss": ({}, {"chunked_loss": False}),

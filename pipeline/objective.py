@@ -2,13 +2,15 @@
 
 Knowledge distillation (arXiv 1503.02531): KL(teacher || student) at a temperature T, times T², so that its gradients
 keep their size. The teacher is the student itself before its weights were rounded (as in LLM-QAT, arXiv 2305.17888),
-or any model with the same vocabulary.
+a student that an earlier run finished (distil first, then train the rounded network towards it), or any model with the
+same vocabulary.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from domains.errors import ModelError
 from pipeline.layout import IGNORED
 from pipeline.levers import Levers
+from pipeline.merge import plain_network
 from pipeline.packing import Pack, pack_hidden, use_packed_attention
 from pipeline.qlora import training_device
-from pipeline.student import Base, load_base
+from pipeline.student import Base, load_base, load_student
 
 SELF = "base"  # the student before rounding
 _CHUNK = 256  # tokens
@@ -77,19 +80,24 @@ class DistilledLoss:
         return loss + self.divergence.weight * temperature**2 * gap
 
 
-def load_teacher(student: Base, divergence: Divergence, *, dtype: torch.dtype) -> Any:
+def load_teacher(student: Base, divergence: Divergence, *, dtype: torch.dtype, base: str) -> Any:
     """The teacher's network, frozen, ready for packs. Called before the student's weights are rounded.
 
     Args:
         student: the loaded student.
         divergence: names the teacher.
         dtype: what training computes with.
+        base: ``[student] base``, which a finished student was trained from, too.
 
     Raises:
         ModelError: the teacher can't be loaded, or has another vocabulary.
     """
     if divergence.teacher == SELF:
         network = copy.deepcopy(student.model)
+    elif (finished := Path(divergence.teacher).expanduser() / "network.json").is_file():
+        trained = load_student(finished.parent, base=base)
+        _check_vocabulary(student, trained.base)
+        network = plain_network(trained)
     else:
         teacher = load_base(divergence.teacher, dtype=dtype)
         _check_vocabulary(student, teacher)

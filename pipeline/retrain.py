@@ -55,11 +55,11 @@ def retrain(
     Returns:
         Every matrix of the student as the file's bytes.
     """
-    dtype, how = training_dtype(), method_of(method, grid)
+    dtype, how = training_dtype(bf16=settings.levers.bf16), method_of(method, grid)
     # Under another name, so that no GGUF file is taken for this network's own.
     student = replace(base, name=f"{base.name} student", model=copy.deepcopy(network))
     divergence = Divergence(weight=kl_weight, temperature=1.0, teacher=SELF)
-    teacher = load_teacher(student, divergence, dtype=dtype)
+    teacher = load_teacher(student, divergence, dtype=dtype, base=base.name)
     adapter = Adapter(rank=settings.rank, alpha=settings.alpha, dropout=0.0, seed=settings.seed, dtype=dtype)
     adapted = how.prepare(student, adapter, progress.say)
     use_packed_attention(student.model)

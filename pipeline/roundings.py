@@ -38,12 +38,16 @@ ROTATING: frozenset[str] = frozenset({"r2-gptq", "r1r2-gptq", *LOSSES})
 
 @dataclass(frozen=True)
 class Learning:
-    """How rotations are learned (`pipeline.spin.learn_rotations`) and scales tuned (`pipeline.tune_scales`)."""
+    """How rotations are learned (`pipeline.spin.learn_rotations`) and scales tuned (`pipeline.tune_scales`).
+
+    ``bf16`` computes in bfloat16 where the machine multiplies it.
+    """
 
     steps: int = 24
     learning_rate: float = 1.0
     tuning_steps: int = 24
     sweeps: int = 2
+    bf16: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def round_student(
         from pipeline.tune_scales import tune_scales
 
         blocks = tune_scales(
-            network, reference, blocks, batches, steps=learning.tuning_steps, bfloat16=_fast_bfloat16()
+            network, reference, blocks, batches, steps=learning.tuning_steps, bfloat16=_bfloat16(learning)
         )
     return Rounded(network, _packed(network, blocks), untied)
 
@@ -121,7 +125,7 @@ def _rotate(
 
         rotations = learn_rotations(
             network, batches, grid=grid, loss=LOSSES[rounding], steps=learning.steps,
-            learning_rate=learning.learning_rate, seed=seed, r1=True, r2=True, bfloat16=_fast_bfloat16(),
+            learning_rate=learning.learning_rate, seed=seed, r1=True, r2=True, bfloat16=_bfloat16(learning),
         )  # fmt: skip
     else:
         rotations = random_rotations(network, r1=turns_stream, r2=True, seed=seed)
@@ -129,10 +133,10 @@ def _rotate(
     return untied
 
 
-def _fast_bfloat16() -> bool:
+def _bfloat16(learning: Learning) -> bool:
     import torch
 
-    return training_dtype() == torch.bfloat16
+    return training_dtype(bf16=learning.bf16) == torch.bfloat16
 
 
 def _block_weights(network: Any) -> dict[str, torch.Tensor]:

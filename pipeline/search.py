@@ -15,13 +15,14 @@ from typing import Any
 from domains.config import GgufType, Rounding
 from domains.records import Example, Passage, Question
 from pipeline.calibration_text import calibration_batches
-from pipeline.candidates import CANDIDATES, Candidate, Materials, Measured, build, measure, possible
+from pipeline.candidates import CANDIDATES, Candidate, Materials, Measured, build, measure, possible, weigh
 from pipeline.choose_format import Choice, choose
 from pipeline.fidelity import Reference, Text
 from pipeline.imatrix import collect_imatrix
 from pipeline.metrics import mark_answer
 from pipeline.packing import encode_examples
 from pipeline.progress import Progress
+from pipeline.roundings import Learning
 from pipeline.student import Base
 from pipeline.training_loop import Settings
 
@@ -61,6 +62,7 @@ class Work:
             rows=rows,
             imatrix=collect_imatrix(self.network, texts, max_tokens=sum(map(len, texts))),
             settings=self.settings,
+            learning=Learning(bf16=self.settings.levers.bf16),
         )
 
 
@@ -80,9 +82,12 @@ class HeldOut:
 def round_one(work: Work, rounding: Rounding, kind: GgufType, progress: Progress) -> Path:
     """The student on the grid ``kind``, by one rounding; the file."""
     work.folder.mkdir(parents=True, exist_ok=True)
-    return build(
-        Candidate(f"{rounding}-{kind.lower()}", rounding, kind), work.materials(), work.folder, progress
-    )
+    candidate = Candidate(f"{rounding}-{kind.lower()}", rounding, kind)
+    path = build(candidate, work.materials(), work.folder, progress)
+    size, _, untied = weigh(path)
+    more = f", {untied / 1e6:.0f} MB of them for an output matrix of its own" if untied else ""
+    progress.say(f"{candidate.name}: {size / 1e6:.0f} MB{more}")
+    return path
 
 
 def search(work: Work, held_out: HeldOut, progress: Progress) -> tuple[Choice, list[Measured]]:

@@ -116,7 +116,7 @@ def train_student(
     validation, also_too_long = encode_examples(held_out, loaded, max_tokens=limit)
     too_long += also_too_long
     _check_rows(rows, validation, too_long, limit, progress)
-    objective = _objective(loaded, recipe.divergence, dtype, settings.levers)
+    objective = _objective(loaded, recipe.divergence, dtype, settings.levers, base)
     adapted = how.prepare(loaded, _adapter(settings, token_rows, dtype), progress.say)
     use_packed_attention(loaded.model)
     fingerprint = _fingerprint(rows, validation, settings, loaded, recipe)
@@ -136,12 +136,13 @@ def train_student(
 
 
 def _objective(
-    base: Base, divergence: Divergence | None, dtype: torch.dtype, levers: Levers
+    loaded: Base, divergence: Divergence | None, dtype: torch.dtype, levers: Levers, base: str
 ) -> Objective | None:
     """None for cross-entropy; the teacher is loaded before the student's weights are rounded."""
     if divergence is None:
         return None
-    return DistilledLoss(base.model, load_teacher(base, divergence, dtype=dtype), divergence, levers)
+    teacher = load_teacher(loaded, divergence, dtype=dtype, base=base)
+    return DistilledLoss(loaded.model, teacher, divergence, levers)
 
 
 def _adapter(settings: Settings, token_rows: Sequence[int], dtype: torch.dtype) -> Adapter:

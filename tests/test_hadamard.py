@@ -19,7 +19,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 @pytest.mark.parametrize(
-    "order", [1, 2, 4, 8, 12, 20, 24, 28, 36, 44, 60, 64, 76, 128, 192, 576, 768, 1536, 2048]
+    "order", [1, 2, 4, 8, 12, 20, 24, 28, 36, 44, 60, 64, 76, 128, 192, 576, 768, 1536, 2048, 3072]
 )
 def test_entries_are_plus_minus_one_and_rows_are_orthogonal(order: int) -> None:
     signs = (hadamard(order) * order**0.5).round()

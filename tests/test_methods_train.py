@@ -282,13 +282,25 @@ def test_a_larger_teacher_with_the_same_tokenizer_is_approached(
     assert far["kl"] < 0.7 * far["ce"]
 
 
-def _distance(run: Run, tiny: Path, *, teacher: Path | None = None) -> float:
-    """KL(teacher || trained) on a row, in nats per token; the base is its own teacher."""
+def test_a_finished_student_is_the_teacher_of_the_network_that_is_rounded(tiny: Path, tmp_path: Path) -> None:
+    """Distil first, then train the rounded network towards that student: it is approached, the base left."""
+    finished, _ = train_on(tiny, tmp_path / "first", method="qlora", epochs=4)
+    run, _ = train_on(
+        tiny, tmp_path / "second", method="qat", grid="Q4_0", epochs=4, objective="ce+kl", kl_weight=100.0,
+        kl_teacher=str(finished.training),
+    )  # fmt: skip
+    aim = load_student(finished.training, base=str(tiny)).network
+    assert _distance(run, tiny, teacher=aim) < 0.3 * _distance(run, tiny)
+
+
+def _distance(run: Run, tiny: Path, *, teacher: Any = None) -> float:
+    """KL(teacher || trained) on a row, in nats per token; the base is its own teacher, a folder or a network."""
     student = load_student(run.training, base=str(tiny))
     row = encode_examples(rows()[:1], student.base, max_tokens=512)[0][0]
     with torch.no_grad():
         ids = torch.tensor([row.ids])
-        base = load_base(str(teacher or tiny), dtype=torch.float32).model
+        folder = teacher is None or isinstance(teacher, Path)
+        base = load_base(str(teacher or tiny), dtype=torch.float32).model if folder else teacher
         wanted = torch.log_softmax(base(input_ids=ids).logits[0, row.n_prompt - 1 :], dim=-1)
         given = torch.log_softmax(student.network(input_ids=ids).logits[0, row.n_prompt - 1 :], dim=-1)
     return float(torch.nn.functional.kl_div(given, wanted, reduction="batchmean", log_target=True))
@@ -301,7 +313,7 @@ def test_the_loss_is_cross_entropy_plus_the_divergence(
 ) -> None:
     base, other = (load_base(str(tiny), dtype=torch.float32) for _ in range(2))
     divergence = Divergence(weight=0.7, temperature=2.0, teacher=str(wide) if white_box else "base")
-    teacher = load_teacher(other, divergence, dtype=torch.float32)
+    teacher = load_teacher(other, divergence, dtype=torch.float32, base=str(tiny))
     assert teacher.config.hidden_size == (96 if white_box else 64)
     with torch.no_grad():
         for layer in base.model.model.layers:
