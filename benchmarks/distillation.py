@@ -24,7 +24,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from domains.config import ReflectSection, RerankSection
 from domains.domain import Domain, load_domain
+from domains.jsonl import write_text_atomic
 from domains.records import Answer, Example, Question
 from domains.routes import LEARNING_RATES
 from pipeline import ablation
@@ -57,8 +58,9 @@ from pipeline.retrieval_cases import Case, corpus_case, medquad_case
 from pipeline.run_folder import Run, open_run
 from rag.retrieve import Retriever, open_retriever
 from serve.assistant import Assistant
-from serve.confidence import Calibration
+from serve.confidence import Calibration, read_calibration
 from serve.engine import Engine
+from serve.models import sha256_file
 from serve.reflection import open_reflector
 from serve.reflection_fit import with_fit
 from serve.vote import Votes
@@ -136,6 +138,9 @@ def parse_options() -> argparse.Namespace:
         nargs="+",
         choices=STUDENT_OF,
         help="of the students, beside base_rag and quotes (default: all; with --quick the cheaper ones)",
+    )
+    parser.add_argument(
+        "--questions", type=int, help="exam questions, 0: all (default: the profile's, with --quick 12)"
     )
     parser.add_argument("--top-k", type=int, default=0, help="passages (KARD's k); 0: the domain's")
     parser.add_argument(
@@ -253,17 +258,16 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
             progress,
             open_engine=lambda gguf: Engine(gguf, context=config.student.context, parallel=PARALLEL),
         )
-        progress.say("how sure may the student 'quotes' be? Asking seed questions")
-        with Engine(students["quotes"], context=config.student.context, parallel=PARALLEL) as engine:
-            calibration = fit_to_development(
-                domain,
-                engine,
-                hybrid,
-                conditions,
-                trained_on={row.question_id for row in ablation.rows_of(run)},
-                count=QUICK_DEVELOPMENT if options.quick else DEVELOPMENT,
-                progress=progress,
-            )
+        calibration = confidence_of(
+            domain,
+            students["quotes"],
+            hybrid,
+            conditions,
+            work / "confidence.json",
+            trained_on={row.question_id for row in ablation.rows_of(run)},
+            count=QUICK_DEVELOPMENT if options.quick else DEVELOPMENT,
+            progress=progress,
+        )
     facts = {
         "rationales": len(taught), "rows": rows_of, "questions": len(questions), "top_k": top_k, "keep": options.keep, **fit
     }  # fmt: skip
@@ -271,6 +275,33 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
         **student_figures(questions, marks, answers, calibration, seed=config.exam.seed),
         "students_facts": facts,
     }
+
+
+def confidence_of(
+    domain: Domain,
+    student: Path,
+    hybrid: Retriever,
+    conditions: Conditions,
+    path: Path,
+    *,
+    trained_on: Set[str],
+    count: int,
+    progress: Progress,
+) -> Calibration:
+    """How sure the student may be, fitted to its answers to seed questions, now or before; ``path`` keeps it."""
+    made_of = {student.name: sha256_file(student), "prompts": str(count), "conditions": repr(conditions)}
+    if path.is_file():
+        known = read_calibration(path)
+        if known.sources == made_of:
+            return known
+    progress.say("how sure may the student 'quotes' be? Asking seed questions")
+    with Engine(student, context=domain.config.student.context, parallel=PARALLEL) as engine:
+        found = fit_to_development(
+            domain, engine, hybrid, conditions, trained_on=trained_on, count=count, progress=progress
+        )
+    found = found.model_copy(update={"sources": made_of})
+    write_text_atomic(path, found.model_dump_json() + "\n")
+    return found
 
 
 def student_figures(
@@ -486,6 +517,8 @@ def prepared(
     if options.quick:
         changes["exam"] = {"questions": QUICK["exam"]}
         changes["train"] = {"epochs": QUICK["epochs"]}
+    if options.questions is not None:
+        changes["exam"] = {"questions": options.questions}
     sections = {key: getattr(config, key).model_copy(update=values) for key, values in changes.items()}
     domain = Domain(domain.folder, config.model_copy(update=sections), domain.prompts)
     run = open_run(work / "runs", domain.name, name)
