@@ -60,6 +60,7 @@ from pipeline.quantization_bench import (
 )
 from pipeline.recipe import Recipe, settings_of
 from pipeline.roundings import Learning
+from pipeline.speed import compare_prompts
 from pipeline.student import Base, load_base, load_student
 from pipeline.student_files import write_f16
 from pipeline.train import train_student
@@ -172,6 +173,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--split", default="dev", choices=("dev", "hidden"), help="which half of the articles"
     )
+    parser.add_argument(
+        "--retrain-rate", type=float, default=LEARNING_RATES["qlora"],
+        help="learning rate of qat's adapter; qalora's is three times as high (default: %(default)g)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the rotations")
     parser.add_argument("--work", help="keep the files here")
     return parser.parse_args()
@@ -339,7 +344,7 @@ def measure_network(
     materials = Materials(
         network=base.model, base=base, f16=f16, batches=batches, rows=trained_rows,
         imatrix=collect_imatrix(base.model, [ids for batch in batches for ids in batch.tolist()], max_tokens=10**9),
-        settings=replace(ground.settings, epochs=1), learning=Learning(steps=steps, tuning_steps=steps),
+        settings=replace(ground.settings, epochs=1, learning_rate=options.retrain_rate), learning=Learning(steps=steps, tuning_steps=steps),
         seed=options.seed,
     )  # fmt: skip
     reference = Reference.of_file(f16, texts)
@@ -445,7 +450,7 @@ def ask(ground: Ground, path: Path) -> list[float]:
 
 
 def comparisons(found: Sequence[Measured]) -> dict[str, Any]:
-    """The best candidate of few bits against llama.cpp's own files, paired over texts."""
+    """The best candidate of few bits against llama.cpp's own files: KL paired over texts, prompts timed in turns."""
     by_name = {each.candidate.name: each for each in found}
     ours = [
         each for each in found if each.candidate.how != "llamacpp" and each.block_bits_per_weight <= MOST_BITS
@@ -464,9 +469,10 @@ def comparisons(found: Sequence[Measured]) -> dict[str, Any]:
             "kl_minus": [round(value, 5) for value in (gap.mean, gap.low, gap.high)],
             "block_bits": [round(best.block_bits_per_weight, 3), round(other.block_bits_per_weight, 3)],
         }
-        if best.speed and other.speed:
-            ratio = best.speed.prompt_tokens_per_s / other.speed.prompt_tokens_per_s
-            result[theirs]["prompt_speed_ratio"] = round(ratio, 3)
+        ratio = compare_prompts(best.path, other.path)
+        result[theirs] |= {
+            "prompt_speed_ratio": ratio.median, "prompt_speed_quartiles": [ratio.low, ratio.high],
+        }  # fmt: skip
     return result
 
 

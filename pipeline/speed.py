@@ -37,16 +37,61 @@ def measure_speed(
     """
     reading, writing = [], []
     with Engine(gguf, context=prompt_tokens + decode_tokens + 8, parallel=1, adapter=adapter) as engine:
-        size = engine.vocab_size
-        prompt = [(7 * place + 1000) % size for place in range(prompt_tokens)]  # what it says does not matter
+        prompt = _prompt(engine, prompt_tokens)
         for round_ in range(repeats + 1):
-            engine.forget()
+            seconds = _read(engine, prompt)
             begin = time.perf_counter()
-            engine.logits(prompt, first=len(prompt) - 1)
-            read = time.perf_counter()
             (reply,) = engine.generate([prompt[:8]], max_tokens=decode_tokens, temperature=1.0, seed=round_)
             end = time.perf_counter()
             if round_:
-                reading.append(prompt_tokens / (read - begin))
-                writing.append(max(1, len(reply.tokens)) / (end - read))
+                reading.append(prompt_tokens / seconds)
+                writing.append(max(1, len(reply.tokens)) / (end - begin))
     return Speed(round(statistics.median(reading), 1), round(statistics.median(writing), 1))
+
+
+@dataclass(frozen=True)
+class PromptRatio:
+    """How many times as fast one file reads a prompt as another: the median of rounds, their quartiles, their number."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+def compare_prompts(one: Path, other: Path, *, prompt_tokens: int = 512, rounds: int = 9) -> PromptRatio:
+    """Time two files in turns, so that what slows the machine down slows both; after one unmeasured round.
+
+    Args:
+        one: a model; a ratio above 1 says that it is the faster one.
+        other: the model that it is held against, of the same vocabulary.
+        prompt_tokens: length of the prompt that both read.
+        rounds: at least 2.
+    """
+    ratios = []
+    with (
+        Engine(one, context=prompt_tokens + 8, parallel=1) as first,
+        Engine(other, context=prompt_tokens + 8, parallel=1) as second,
+    ):
+        prompt = _prompt(first, prompt_tokens)
+        for round_ in range(rounds + 1):
+            turn = (
+                (first, second) if round_ % 2 else (second, first)
+            )  # neither is always the one that comes first
+            seconds = {id(engine): _read(engine, prompt) for engine in turn}
+            if round_:
+                ratios.append(seconds[id(second)] / seconds[id(first)])
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return PromptRatio(round(median, 3), round(low, 3), round(high, 3), rounds)
+
+
+def _prompt(engine: Engine, tokens: int) -> list[int]:
+    return [(7 * place + 1000) % engine.vocab_size for place in range(tokens)]  # what it says does not matter
+
+
+def _read(engine: Engine, prompt: list[int]) -> float:
+    """Seconds to read a prompt of which nothing is cached."""
+    engine.forget()
+    begin = time.perf_counter()
+    engine.logits(prompt, first=len(prompt) - 1)
+    return time.perf_counter() - begin

@@ -22,7 +22,7 @@ from pipeline.fidelity import Fidelity
 from pipeline.grids import Packed
 from pipeline.progress import Silent
 from pipeline.rotate import fold_norms
-from pipeline.speed import Speed
+from pipeline.speed import PromptRatio, Speed
 from tests.tiny_llama import make_tiny_llama
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -35,7 +35,14 @@ def measured(name: str, *, kl: float, bits: float = 4.5, speed: float = 100.0) -
     return Measured(candidate, Path(name), 0.0, 100, bits, 0, fidelity, (), Speed(speed, speed))
 
 
-def test_the_best_of_few_bits_is_compared_with_llama_cpps_own() -> None:
+def test_the_best_of_few_bits_is_compared_with_llama_cpps_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[tuple[str, str]] = []
+
+    def in_turns(one: Path, other: Path) -> PromptRatio:
+        timed.append((one.name, other.name))
+        return PromptRatio(1.5, 1.4, 1.6, 9)
+
+    monkeypatch.setattr(quantization, "compare_prompts", in_turns)
     found = quantization.comparisons([
         measured("gptq-q4_0", kl=0.03), measured("r1r2-gptq-q4_0", kl=0.02, speed=150),
         measured("gptq-q4_1", kl=0.01, bits=5.0),  # nearer, but of more bits
@@ -44,7 +51,9 @@ def test_the_best_of_few_bits_is_compared_with_llama_cpps_own() -> None:
     assert found["best"] == "r1r2-gptq-q4_0"
     assert found["llamacpp-q4_0-imatrix"] == {
         "kl_ratio": 0.5, "kl_minus": [-0.02, -0.02, -0.02], "block_bits": [4.5, 4.5], "prompt_speed_ratio": 1.5,
+        "prompt_speed_quartiles": [1.4, 1.6],
     }  # fmt: skip
+    assert timed[0] == ("r1r2-gptq-q4_0", "llamacpp-q4_0-imatrix")
     assert found["llamacpp-q4_k_m-imatrix"]["kl_ratio"] == 2.0
     assert quantization.comparisons([measured("llamacpp-q4_0-imatrix", kl=0.04)]) == {}
 
@@ -150,7 +159,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Namespace,
     (root / "data" / "wikitext2_test" / "dev.jsonl").write_text("\n".join(lines), encoding="utf-8")
     options = Namespace(
         quick=False, domain=str(write_shelf(root / "shelf")), data=root / "data", split="dev", seed=0,
-        networks=list(quantization.NETWORKS), only=ONLY,
+        networks=list(quantization.NETWORKS), only=ONLY, retrain_rate=1e-3,
     )  # fmt: skip
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

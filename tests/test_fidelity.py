@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from pipeline.fidelity import Fidelity, Reference, Text, compare
-from pipeline.speed import measure_speed
+from pipeline.speed import compare_prompts, measure_speed
 from pipeline.student import load_base
 from pipeline.student_files import write_f16
 from serve.quantizer import requantize
@@ -73,3 +74,18 @@ def test_speed_is_measured_in_tokens_per_second(tmp_path: Path) -> None:
     speed = measure_speed(write_tiny(tmp_path), prompt_tokens=32, decode_tokens=4, repeats=1)
     assert speed.prompt_tokens_per_s > 0
     assert speed.decode_tokens_per_s > 0
+
+
+def test_prompts_of_two_files_are_timed_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that gets slower and slower favours neither: here every read takes 1 % longer than the one before."""
+    cost = [1.0]
+
+    def read(engine: Any, _prompt: list[int]) -> float:
+        cost[0] *= 1.01
+        return cost[0] * (2.0 if engine.path.name == "slow.gguf" else 1.0)
+
+    monkeypatch.setattr("pipeline.speed._read", read)
+    fast, slow = (write_tiny(tmp_path / name).rename(tmp_path / f"{name}.gguf") for name in ("fast", "slow"))
+    ratio = compare_prompts(fast, slow, prompt_tokens=32, rounds=8)
+    assert (ratio.rounds, ratio.median) == (8, pytest.approx(2.0, rel=0.011))
+    assert ratio.low < ratio.median < ratio.high
