@@ -49,7 +49,8 @@ DomainName = Annotated[
 Profile = Annotated[
     str,
     typer.Option(
-        envvar="PRECEPTOR_PROFILE", help="quick (sized for 15 minutes), full, or a profile of domain.toml."
+        envvar="PRECEPTOR_PROFILE",
+        help="quick (10 to 17 minutes on 2 cores), full, or a profile of domain.toml.",
     ),
 ]
 RunName = Annotated[
@@ -320,7 +321,7 @@ def exam(domain: DomainName, profile: Profile = "quick", run: RunName = "", runs
 
 
 @app.command(
-    epilog="Example: `preceptor run medical` (15 minutes on 2 cores), `preceptor run medical --profile full`"
+    epilog="Example: `preceptor run medical` (10 to 17 minutes on 2 cores), `preceptor run medical --profile full`"
 )
 def run(
     domain: DomainName,
