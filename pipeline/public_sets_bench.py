@@ -30,6 +30,7 @@ from pipeline.public_sets_abstention import (
 )
 from pipeline.public_sets_options import measure_options
 from pipeline.public_sets_own import closed_questions, decided_by_retrieval, hybrid
+from pipeline.public_sets_statements import kqa_consultations, measure_consultations
 from pipeline.public_sets_support import measure_support
 from pipeline.public_sets_yes_no import measure_yes_no
 from pipeline.ranking import hit_at_1, ndcg_at_10
@@ -38,6 +39,7 @@ from pipeline.retrieval_cases import Case, medquad_case, prd_case
 from rag.embed import MiniLMEmbedder
 from rag.index import Index
 from rag.lexical import LexicalIndex
+from rag.load import load_documents
 from serve.assistant import Assistant
 from serve.engine import Engine
 from serve.judges import WordJudge
@@ -102,6 +104,11 @@ def measure_public(
             embed=None if quick else embedder.embed,
             judge=None if quick else WordJudge(EngineChat(engine)),
         )
+        medical = next((domain for domain in domains if domain.name == "medical"), None)
+        if medical is not None and not quick and _has(folder, f"{split}.jsonl"):
+            result["kqa_answers"] = answer_patients(
+                folder, medical, progress, split=split, engine=engine, work=work
+            )
     if (folder := data / "prd_doc_qa").is_dir():
         progress.say("public: prd_doc_qa")
         case = prd_case(folder, split=split)
@@ -111,6 +118,25 @@ def measure_public(
             else measure_case(case, work / "prd_doc_qa", progress, rerank=RerankSection())
         )
     return result
+
+
+def answer_patients(
+    folder: Path, domain: Domain, progress: Progress, *, split: str, engine: Engine, work: Path
+) -> dict[str, Any]:
+    """K-QA's questions to a model, from memory and with what a domain's own documents say."""
+    documents, chars = load_documents(domain.documents).documents, domain.config.index.passage_chars
+    index = build_index(
+        documents, work / "answerable" / domain.name, MiniLMEmbedder(), progress, passage_chars=chars
+    )
+    with closing(index):
+        return measure_consultations(
+            kqa_consultations(folder, split=split),
+            domain,
+            {"closed_book": None, f"{domain.name}_passages": hybrid(index)},
+            progress,
+            engine=engine,
+            asked=_EVERYTHING,
+        )
 
 
 class EngineChat:
