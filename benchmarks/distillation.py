@@ -46,6 +46,7 @@ from pipeline.job import run_job
 from pipeline.metrics import Mark
 from pipeline.progress import Lines, Progress
 from pipeline.public_sets_bench import (
+    SETS,
     answer_confidence,
     measure_public,
     medquad_indexes,
@@ -120,6 +121,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small samples")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="what to measure (default: all)")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS, help="of the part public")
     parser.add_argument("--domain", default="medical", help="name or folder (default: medical)")
     parser.add_argument(
         "--profile", default="", help="of the domain: sizes (default: full, with --quick quick)"
@@ -496,6 +498,7 @@ def measure_sets(options: argparse.Namespace, work: Path, progress: Progress) ->
             quick=options.quick,
             engine=engine,
             work=work,
+            sets=options.sets,
         )
     return {"public": found}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from serve.assistant import Assistant
 from serve.engine import Engine
 from serve.judges import WordJudge
 
+SETS = ("openstax_health", "domains", "pubmedqa", "kqa", "prd_doc_qa")
 ASKED = 16  # what the model scores of each set, in the quick run
 PAIRS = 200  # questions that a confidence is fitted to; each is searched twice
 _EVERYTHING = 0
@@ -58,6 +59,7 @@ def measure_public(
     quick: bool,
     engine: Engine,
     work: Path,
+    sets: Container[str] = SETS,
 ) -> dict[str, Any]:
     """Options, yes/no, support and retrieval, each where its folder is in ``data``.
 
@@ -69,22 +71,23 @@ def measure_public(
         quick: the model scores `ASKED` of each set, and what needs every passage embedded is left out.
         engine: the model that scores, untrained.
         work: a folder for indexes.
+        sets: which of `SETS`.
     """
     asked = ASKED if quick else _EVERYTHING
     embedder = MiniLMEmbedder()
     result: dict[str, Any] = {}
-    if (folder := data / "openstax_health").is_dir():
+    if "openstax_health" in sets and (folder := data / "openstax_health").is_dir():
         progress.say("public: openstax_health")
         passages, questions = openstax(folder, split=split)
         result["openstax_health"] = measure_options(
             passages, questions, progress, engine=engine, asked=asked, embed=None if quick else embedder.embed
         )
-    for domain in domains:
+    for domain in domains if "domains" in sets else ():
         progress.say(f"public: closed questions of {domain.name}")
         result |= closed_questions(domain, progress, engine=None if quick else engine)
         if not quick:
             result |= decided_by_retrieval(domain, work / "answerable", progress)
-    if (folder := data / "pubmedqa").is_dir():
+    if "pubmedqa" in sets and (folder := data / "pubmedqa").is_dir():
         progress.say("public: pubmedqa")
         result["pubmedqa"] = measure_yes_no(
             pubmedqa(folder, split=split),
@@ -96,7 +99,7 @@ def measure_public(
             engine=engine,
             asked=asked,
         )
-    if (folder := data / "kqa").is_dir():
+    if "kqa" in sets and (folder := data / "kqa").is_dir():
         progress.say("public: kqa")
         result["kqa"] = measure_support(
             kqa_claims(folder, split=split),
@@ -109,7 +112,7 @@ def measure_public(
             result["kqa_answers"] = answer_patients(
                 folder, medical, progress, split=split, engine=engine, work=work
             )
-    if (folder := data / "prd_doc_qa").is_dir():
+    if "prd_doc_qa" in sets and (folder := data / "prd_doc_qa").is_dir():
         progress.say("public: prd_doc_qa")
         case = prd_case(folder, split=split)
         result["prd_doc_qa"] = (
