@@ -447,7 +447,9 @@ def fitted_to(
             max_tokens=config.serve.max_tokens, unsupported="keep", reflector=open_reflector(reflect, engine),
         )  # fmt: skip
         seen = {row.question_id for row in rows}
-        return fit_student(domain, assistant, count=FIT_QUESTIONS, trained_on=seen, progress=progress)
+        # With the back-end that is fitted, or the domain would have no general instructions.
+        own = Domain(domain.folder, config.model_copy(update={"reflect": reflect}), domain.prompts)
+        return fit_student(own, assistant, count=FIT_QUESTIONS, trained_on=seen, progress=progress)
 
 
 def measure_unanswerable(options: argparse.Namespace, work: Path, progress: Progress) -> dict[str, Any]:

@@ -299,7 +299,8 @@ class Answer(Record):
     ``rejected_quotes`` are quotes of the model that stand in no passage. ``statements`` say which sentence
     rests on which citation; those without one are not in ``text`` where the domain drops them. ``withheld``
     says why something that the model wrote is not shown. ``signals`` are what ``confidence``, the calibrated
-    probability that the answer is right and supported, is computed from.
+    probability that the answer is right and supported, is computed from. ``evidence`` are the numbers of the passages
+    that a reflecting back-end lets it rest on; None: all.
     """
 
     question: str
@@ -309,6 +310,7 @@ class Answer(Record):
     citations: list[Citation]
     rejected_quotes: list[str] = []
     passages: list[Hit] = []
+    evidence: list[int] | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
     reflection: Reflection | None = None

@@ -60,8 +60,10 @@ _CODE = (
     "rag.options",
     "rag.polarity",
     "rag.prompt",
+    "rag.reflection",
     "rag.sentences",
     "rag.untrusted",
+    "rag.verdicts",
     "rag.words",
 )
 

@@ -63,6 +63,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         sources[adapter.name] = sha256_file(adapter)
     if not config.calibrate.enabled:
         drop_file(run.bundle, FITTED_YES_NO)
+        drop_file(run.bundle, FITTED_REFLECTION)
         _write(run.bundle, Calibration(reason="[calibrate] enabled is false", sources=sources))
         return Report(counts={"asked": 0})
     seen = {example.question_id for example in read_jsonl(need(run.examples, stage="curate"), Example)}

@@ -29,7 +29,7 @@ from pipeline.verify import prose
 from rag.answers import format_reply, reference_answer
 from rag.prompt import neutralise
 
-_ABSTENTION_UTILITY = 1  # it does not give what was asked; a supported answer shall win against it
+ABSTENTION_UTILITY = 1  # it does not give what was asked; a supported answer shall win against it
 
 
 def token_rows(
@@ -135,7 +135,7 @@ class _Writer:
         text = format_reply(quotes=[], rationale="", answer=self.ground.abstain)
         return to_example(
             [Segment(decision="retrieve", passage=passages[0], relevant=False, text=text)],
-            _ABSTENTION_UTILITY,
+            ABSTENTION_UTILITY,
             messages=self.ground.messages(question, []),
             question_id=question.id,
             origin=origin,

@@ -8,6 +8,7 @@ from typing import Literal
 
 from domains.records import Message, Passage, Question, Segment
 from pipeline.parity import Replay
+from pipeline.reflect_rows import ABSTENTION_UTILITY
 from pipeline.rows import gold_quotes
 from pipeline.student import Base, encode_completion, encode_prompt, render_prompt
 from rag.answers import format_reply, reference_answer
@@ -68,7 +69,8 @@ def _reflected(question: Question, passages: Sequence[Passage], abstain: str) ->
         segment = Segment(
             decision="retrieve", passage=passages[0], relevant=relevant, text=text, support=support
         )
-    return "".join(piece.text for piece in render_segments([segment], 5))
+    utility = ABSTENTION_UTILITY if question.kind == "unanswerable" else 5
+    return "".join(piece.text for piece in render_segments([segment], utility))
 
 
 def _completion(question: Question, passages: Sequence[Passage], abstain: str) -> str:

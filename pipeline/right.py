@@ -11,8 +11,12 @@ MIN_RECALL = 0.6  # of the reference's content words, as much as a supporting se
 
 
 def is_given(answer: Answer) -> bool:
-    """Whether there is an answer to be right or wrong, as it is served: not an abstention, not without support."""
-    return answer.support == "supported" or (answer.support == "unsupported" and not answer.passages)
+    """Whether there is an answer to be right or wrong, as it is served: not an abstention, not without support.
+
+    Where no passage may support it (none was shown, or a back-end let none stand and lets it answer alone), it is given.
+    """
+    evidence = answer.passages if answer.evidence is None else answer.evidence
+    return answer.support == "supported" or (answer.support == "unsupported" and not evidence)
 
 
 def is_right(question: Question, answer: Answer) -> bool:

@@ -295,6 +295,7 @@ class Assistant:
             update={
                 "citations": citations,
                 "passages": made.shown,
+                "evidence": made.evidence,
                 "raw": made.raw,
                 "reflection": made.reflection,
             }

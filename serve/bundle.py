@@ -19,7 +19,7 @@ from serve.assistant import Assistant
 from serve.confidence import Calibration, Choice, describe_choice, read_calibration
 from serve.engine import Engine
 from serve.gguf_check import check_gguf
-from serve.manifest import CALIBRATION, FITTED_YES_NO, MANIFEST, Manifest, read_manifest
+from serve.manifest import CALIBRATION, FITTED_REFLECTION, FITTED_YES_NO, MANIFEST, Manifest, read_manifest
 from serve.models import SMOLLM2, inference_gguf, sha256_file
 from serve.reflection import open_reflector
 from serve.reflection_fit import fitted
@@ -189,7 +189,9 @@ def _open(
             yes_no = read_yes_no(folder / FITTED_YES_NO)
         else:
             notes.append(_NO_YES_NO)
-    reflect = fitted(config.reflect, folder)
+    reflect = config.reflect
+    if manifest is not None and FITTED_REFLECTION in manifest.files:
+        reflect = fitted(reflect, folder)
     if manifest is None and reflect.backend in {"tokens", "text"}:
         reflect = reflect.model_copy(update={"backend": "none"})
         notes.append(f"The untrained student has not learnt [reflect] backend = {config.reflect.backend!r}.")
@@ -270,7 +272,8 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def _read_whole(name: str, manifest: Manifest) -> bool:
-    return name in {STUDENT, manifest.adapter, CALIBRATION, FITTED_YES_NO} or name.startswith(f"{RERANKER}/")
+    whole = {STUDENT, manifest.adapter, CALIBRATION, FITTED_YES_NO, FITTED_REFLECTION}
+    return name in whole or name.startswith(f"{RERANKER}/")
 
 
 def _read_calibration(folder: Path, manifest: Manifest) -> Calibration | None:

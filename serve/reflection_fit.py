@@ -48,8 +48,9 @@ def fitted(reflect: ReflectSection, bundle: Path) -> ReflectSection:
         found = FittedReflection.model_validate_json(path.read_text("utf-8"))
     except ValidationError as error:
         raise DataError(
-            f"{path} is damaged: {error.errors()[0]['msg']}",
-            expected="the fitted threshold and weights",
+            f"{path} is damaged or of an older version: {'.'.join(map(str, error.errors()[0]['loc']))}: "
+            f"{error.errors()[0]['msg']}",
+            expected="the fitted threshold and weights, and what they gained",
             next_step="preceptor calibrate DOMAIN --force",
         ) from None
     return with_fit(reflect, found)

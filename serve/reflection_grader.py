@@ -130,12 +130,15 @@ class GraderReflector:
         if not case.kept:
             case.notes.append("no passage was judged relevant")
         if case.kept != list(case.item.hits):
-            prompt = ground.prompt(question, case.kept, case.item.history)
-            if ground.engine.context >= len(prompt) + case.item.max_tokens:
-                case.prompt = prompt
-            else:  # passages found in the second look may be longer
-                case.kept = list(case.item.hits)
-                case.notes.append("the passages kept do not fit into the context: the first ones are shown")
+            fitting = list(case.kept)  # passages found in the second look may be longer than the first ones
+            while True:
+                case.prompt = ground.prompt(question, fitting, case.item.history)
+                if not fitting or ground.engine.context >= len(case.prompt) + case.item.max_tokens:
+                    break
+                fitting.pop()
+            if len(fitting) < len(case.kept):
+                case.notes.append(f"{len(case.kept) - len(fitting)} passages do not fit into the context")
+                case.kept = fitting
 
     def _relevant(self, case: _Case, hits: Sequence[Hit]) -> list[Hit]:
         grades = [self._judge.is_relevant(case.item.question, hit.passage) for hit in hits]

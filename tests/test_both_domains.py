@@ -28,6 +28,7 @@ from pipeline.job import Outcome, run_job
 from pipeline.preflight import check_main_job
 from pipeline.progress import Silent
 from pipeline.questions import read_all_questions
+from pipeline.ranking import SURE
 from pipeline.run_folder import Run
 from pipeline.strategies.row import Row
 from rag import embed
@@ -261,7 +262,7 @@ def test_a_reranker_learns_and_the_decision_is_on_record(name: str, shelves: Pat
     assert counts["rows"] == counts["pools"] + counts["held_out"] + counts["without_candidates"]
     assert counts["rows"] == made.counts("curate")["kept"]
     assert counts["questions"] > 0
-    assert record["kept"] is record["fitted"]["p"] < 0.05 or not record["kept"]
+    assert not record["kept"] or record["fitted"]["p"] < SURE
     assert made.run.reranker.is_dir() is record["kept"], "what is not proven is not served"
 
 

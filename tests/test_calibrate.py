@@ -369,7 +369,9 @@ def test_a_bound_that_cannot_be_kept_is_told_before_the_first_question(real_run:
 
 def test_switched_off_it_leaves_a_file_that_says_so(real_run: tuple[Path, Run]) -> None:
     folder, run = real_run
+    (run.bundle / "reflection.json").write_text("{}", "utf-8")
     text = (folder / "domain.toml").read_text("utf-8").replace("[calibrate]", "[calibrate]\nenabled = false")
     (folder / "domain.toml").write_text(text, "utf-8")
     assert stage.run(load_domain(str(folder)), run, Silent()).counts == {"asked": 0}
     assert "enabled is false" in read_calibration(run.bundle / "calibration.json").reason
+    assert not (run.bundle / "reflection.json").exists(), "what an earlier fit left"

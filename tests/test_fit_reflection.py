@@ -110,6 +110,7 @@ def test_the_best_of_many_settings_by_chance_is_not_kept() -> None:
 
 def test_too_few_documents_keep_nothing() -> None:
     cases = [case(0.9, 1, candidate(0), about=f"d{number}") for number in range(9)]
+    cases += [case(0.9, 1, candidate(0), about="") for _ in range(5)]  # instructions are about none
     assert "about 9 documents, and 10 are needed" in fit(cases, ReflectSection()).refusal()
 
 

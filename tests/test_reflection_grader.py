@@ -10,6 +10,7 @@ import pytest
 from domains.config import ReflectSection
 from domains.errors import ContextOverflow
 from domains.records import Hit, Passage
+from pipeline.right import is_given
 from rag.verdicts import format_verdict
 from serve.assistant import Assistant
 from serve.judges import EndpointChat, JudgeError, Label, RuleJudge, WordJudge, open_judge
@@ -18,7 +19,7 @@ from serve.reflection_grader import GraderReflector
 from serve.reflection_text import TextReflector
 from serve.signals import LIKELIHOOD, SIGNALS
 from tests.openai_server import Act, Call, OpenAIServer, status
-from tests.small_serving import ABSTAIN, FixedRetriever, ScriptedEngine, passage, scripted_assistant
+from tests.small_serving import ABSTAIN, TEXTS, FixedRetriever, ScriptedEngine, passage, scripted_assistant
 
 DOSE = "The adult dose of Brenzal is 40 mg once a day."
 
@@ -74,6 +75,7 @@ def test_when_all_are_distracting_the_domain_decides(
     assert (answer.text, answer.citations) == (text, [])
     assert answer.reflection is not None
     assert answer.reflection.relevant == []
+    assert is_given(answer) is (distracting == "answer"), "what is shown counts as given, right or wrong"
 
 
 def test_a_reply_without_a_verdict_is_counted_and_every_passage_stands() -> None:
@@ -169,6 +171,34 @@ def test_it_looks_once_more_in_other_words_and_never_twice() -> None:
     assistant, _, _ = assistant_of("Answer: Forty.", grader(never, rewrites=0), "Corvane")
     assistant.ask("What is the dose?")
     assert "rewrite" not in never.asked
+
+
+def test_of_the_second_look_as_many_are_shown_as_fit() -> None:
+    """The passages that were judged irrelevant do not come back in their place."""
+
+    class Long(FixedRetriever):
+        def retrieve(self, query: str, *, top_k: int) -> list[Hit]:
+            self.queries.append(query)
+            if len(self.queries) == 1:
+                return [Hit(passage=passage("Corvane"), score=1)]
+            long = passage("Moltrex", TEXTS["Moltrex"] + " More of it." * 400)
+            return [Hit(passage=passage("Brenzal"), score=1), Hit(passage=long, score=1)]
+
+    judge = ScriptedJudge(["Brenzal", "Moltrex"], rewrite="hay fever tablet")
+    assistant, engine, _ = assistant_of(f'"{DOSE}" [1]\nAnswer: 40 mg.', grader(judge), retriever=Long())
+    engine.context = 5000
+    answer = assistant.ask("What is the dose?")
+    assert answer.reflection is not None
+    assert (answer.evidence, answer.reflection.relevant) == ([2], [2])
+    assert "1 passages do not fit into the context" in answer.reflection.notes
+    assert answer.support == "supported"
+    judge = ScriptedJudge(
+        ["Moltrex"], rewrite="milk"
+    )  # and where only the long one is relevant, none is left
+    assistant, engine, _ = assistant_of("Answer: Forty.", grader(judge), retriever=Long())
+    engine.context = 5000
+    alone = assistant.ask("What is the dose?")
+    assert (alone.text, alone.evidence) == (ABSTAIN, [])
 
 
 def test_without_a_relevant_passage_the_domain_may_let_it_answer_alone() -> None:

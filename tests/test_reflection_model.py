@@ -14,7 +14,7 @@ import pytest
 from domains.config import ReflectSection
 from domains.errors import DataError, ModelError
 from domains.records import Answer, Hit, Message
-from pipeline.bundle import close_bundle, mark_ready
+from pipeline.bundle import close_bundle, drop_file, mark_ready, note_files
 from rag.prompt import neutralise
 from rag.reflection import TOKENS, render_segment
 from serve.assistant import Assistant
@@ -95,14 +95,28 @@ def test_what_was_fitted_stands_in_for_domain_toml(tmp_path: Path, gguf: Path) -
         threshold=1.0, relevance_weight=1, support_weight=1, utility_weight=0, sequence_weight=0,
         questions=9, score=0.5, before=0.4, retrieval_rate=0.0, gain=[0.1, 0.05, 0.15],
     )  # fmt: skip
-    (bundle / "reflection.json").write_text(fit.model_dump_json(), encoding="utf-8")
+    text = fit.model_dump_json()
+    (bundle / "reflection.json").write_text(text, encoding="utf-8")
+    note_files(bundle, ["reflection.json"])
     with open_bundle(bundle, parallel=2) as opened:
         answer = opened.assistant.ask("Where are Corvane drops kept?")
     assert answer.reflection is not None
     assert not answer.reflection.retrieved  # domain.toml's threshold of 0 would have
-    (bundle / "reflection.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(DataError, match=r"reflection\.json"):
+    (bundle / "reflection.json").write_text(text.replace("1.0", "0.9"), encoding="utf-8")  # as long as it was
+    with pytest.raises(DataError, match=r"reflection\.json: its bytes changed"):
         open_bundle(bundle, parallel=1)
+    (bundle / "reflection.json").write_text('{"threshold": 0.3}', encoding="utf-8")
+    note_files(bundle, ["reflection.json"])
+    with pytest.raises(DataError, match=r"damaged or of an older version: relevance_weight"):
+        open_bundle(bundle, parallel=1)
+    drop_file(bundle, "reflection.json")
+    (bundle / "reflection.json").write_text(
+        text, encoding="utf-8"
+    )  # of nobody's making: the manifest knows none
+    with open_bundle(bundle, parallel=2) as opened:
+        answer = opened.assistant.ask("Where are Corvane drops kept?")
+    assert answer.reflection is not None
+    assert answer.reflection.retrieved
 
 
 def test_a_bundle_whose_student_lacks_the_tokens_does_not_open(tmp_path: Path) -> None:
