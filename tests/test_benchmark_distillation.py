@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Set
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,28 @@ def test_too_few_right_answers_are_said_and_the_likelihood_ranks(tmp_path: Path,
     assert found["abstention_aurc"] == found["abstention_aurc_likelihood"]
     assert found["abstention"]["ranked_by"] == "likelihood"
     assert found["abstention"]["reason"].endswith("at least 8 of each are needed")
+
+
+def test_threshold_and_weights_are_fitted_to_instructions_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shipped domains have no reflecting back-end; the arm has, and with it the domain's general instructions."""
+    given = load_domain("medical")
+    seen: dict[str, Any] = {}
+
+    def fit(domain: Domain, assistant: Any, **more: Any) -> str:
+        seen.update(more, domain=domain, general=domain.read_instructions())
+        return "fit"
+
+    monkeypatch.setattr(distillation, "fit_student", fit)
+    monkeypatch.setattr(distillation, "Engine", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(distillation, "open_reflector", lambda *_: None)
+    monkeypatch.setattr(distillation, "Assistant", lambda *_, **__: None)
+    assert distillation.fitted_to(given, tmp_path, None, [], Silent()) == "fit"
+    assert given.read_instructions() == []
+    assert len(seen["general"]) > 20
+    assert seen["domain"].config.reflect.backend == "tokens"
+    assert seen["count"] == distillation.FIT_QUESTIONS
 
 
 def test_answers_without_a_likelihood_have_no_risk_coverage_curve() -> None:

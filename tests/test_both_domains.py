@@ -1,4 +1,4 @@
-"""Every switch of rationale distillation, in both shipped domains, from ``domain.toml`` alone.
+"""The switches of rationale distillation that make rationales, rows and the reranker, in both shipped domains, from ``domain.toml`` alone.
 
 Each test writes a ``domain.toml`` that is the shipped one, a scripted endpoint as its teacher and one switch; prompts, checks and
 the shipped corpus (a slice of it, so that it is embedded in seconds) lie where the shipped ones lie.
