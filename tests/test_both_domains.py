@@ -1,4 +1,4 @@
-"""The switches of rationale distillation that make rationales, rows and the reranker, in both shipped domains, from ``domain.toml`` alone.
+"""The switches of rationale distillation in both shipped domains, from ``domain.toml`` alone: rationales, rows, reranker, and reflecting students to the end.
 
 Each test writes a ``domain.toml`` that is the shipped one, a scripted endpoint as its teacher and one switch; prompts, checks and
 the shipped corpus (a slice of it, so that it is embedded in seconds) lie where the shipped ones lie.
@@ -30,16 +30,19 @@ from pipeline.progress import Silent
 from pipeline.questions import read_all_questions
 from pipeline.ranking import SURE
 from pipeline.run_folder import Run
+from pipeline.stages import NAMES
 from pipeline.strategies.row import Row
 from rag import embed
 from rag.answers import is_abstention, parse_reply
 from rag.reflection import TOKENS
 from rag.retrieve import open_retriever
 from rag.verdicts import split_verdict
+from serve.bundle import open_bundle
 from serve.reflection import open_reflector
 from tests.competent_teacher import BETTER, Teacher
 from tests.openai_server import OpenAIServer
 from tests.reflection_engine import ReflectingEngine
+from tests.tiny_llama import make_tiny_llama
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("medical", "product_requirements")
@@ -362,3 +365,47 @@ def test_only_the_best_rated_share_goes_on(name: str, shelves: Path, tmp_path: P
     assert told["kept"] == 9  # the best 0.7 of 12, rounded up
     assert sum(told["histogram"].values()) == told["proposed"] == QUESTIONS
     assert len(read_jsonl(made.run.rationales, Rationale)) == told["kept"]
+
+
+# -- all the way to an answer -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["tokens", "text"])
+def test_a_reflecting_student_is_trained_calibrated_examined_and_served(
+    backend: str, name: str, shelves: Path, tmp_path: Path
+) -> None:
+    """The student is tiny and knows nothing: what is asked of it is that every step takes what the one before left."""
+    tiny = make_tiny_llama(tmp_path / "tiny")
+    made = make(
+        name,
+        shelves,
+        tmp_path,
+        {
+            "student": {"base": str(tiny), "context": 8192},
+            "train": {"method": "qlora", "grid": None, "epochs": 1, "pack_tokens": 8192},
+            "export": {"serve": "Q8_0", "formats": ["Q8_0"]},
+            "reflect": {
+                "backend": backend,
+                "critic": "trained",
+                "critic_sample": 30,
+                "form": "long",
+                "depth": 2,
+            },
+            "serve": {"max_tokens": 24, "options": "student"},
+            "calibrate": {"questions": 6},
+            "exam": {"questions": 3},
+        },
+        stages=NAMES[1:],
+    )
+    fit = made.run.reflection_fit
+    assert fit.is_file() is (backend == "tokens")
+    if backend == "tokens":
+        facts = json.loads(fit.read_text("utf-8"))
+        assert facts["general"] > 0, "general instructions are among what it is fitted to"
+        assert made.facts("calibrate")["reflection"] == facts
+    report = json.loads((made.run.bundle / "report.json").read_text("utf-8"))
+    assert report["reflection"]["arms"]["exported_rag"]["backend"] == backend
+    with open_bundle(made.run.bundle, parallel=1, unready_ok=True) as opened:
+        answer = opened.assistant.ask("What is known of it?")
+    assert answer.reflection is not None
+    assert answer.reflection.backend == backend
