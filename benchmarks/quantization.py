@@ -163,7 +163,7 @@ def parse_options() -> argparse.Namespace:
     known = [*names, *(each.name for each in ON_REQUEST)]
     more = ", ".join(known[len(names) :])
     parser.add_argument(
-        "--only", nargs="+", choices=known, default=names, help=f"candidates (default: all but {more})"
+        "--only", nargs="+", choices=known, help=f"candidates (default: all but {more}; fewer with --quick)"
     )
     parser.add_argument("--domain", default="medical", help="name or folder (default: medical)")
     beside = ROOT.parent / "shared" / "data"
@@ -348,12 +348,10 @@ def measure_network(
         seed=options.seed,
     )  # fmt: skip
     reference = Reference.of_file(f16, texts)
-    left_out = NOT_QUICK[name] if options.quick else set()
-    chosen = [
-        each
-        for each in possible([*CANDIDATES, *ON_REQUEST], materials)
-        if each.name in options.only and each.name not in left_out
+    wanted = options.only or [
+        each.name for each in CANDIDATES if not options.quick or each.name not in NOT_QUICK[name]
     ]
+    chosen = [each for each in possible([*CANDIDATES, *ON_REQUEST], materials) if each.name in wanted]
     found = list(measure(chosen, materials, folder, reference, progress, exam=lambda path: ask(ground, path)))
     itself, exam = reference.measure(f16), mean_score(ask(ground, f16))
     rows = [{**each.row(), "network": name, **wikitext(each.fidelity, split)} for each in found]

@@ -247,7 +247,8 @@ class TrainSection(Record):
     Where ``grid`` or ``learning_rate`` is left out, the method's own counts: Q4_1 and 3e-3 for qalora, Q4_0 and
     1e-3 for qat, Q8_0 and 1e-3 for grid-lora.
     ``objective``: cross-entropy, or also ``kl_weight`` times the divergence from a teacher at ``kl_temperature``:
-    the ``base`` before rounding, a student that another run finished from this base (the ``train`` folder of that run), or a
+    the ``base`` before rounding, a student that another run finished from this base (the ``train`` folder
+    of that run, relative to where the command is given), or a
     model with the same vocabulary.
     ``lora_layers``: the adapter is on so many layers only, the topmost (0: all); those below run once a row.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from pipeline.roundings import ROTATING
 
 # A typical answer with retrieval: three passages are read, a quote and a sentence are written.
 _READ, _WRITTEN = 600, 60
-_AS_FAST = 1.3  # times within this ratio are taken as equal: files of one type differed by 28 % in one run
+_AS_FAST = 1.3  # times within this ratio are taken as equal: timings of one file differed by 28 % in one run
 _RESAMPLES = 2000
 
 
@@ -47,8 +48,9 @@ def choose(measured: Sequence[Measured], *, max_kl: float, min_top1: float) -> C
             passing.append(each)
     if not passing:
         return Choice(nearest, (*reasons, "none is near enough: the nearest is taken"), rotation)
-    fastest = min(map(seconds_per_answer, passing))
-    quick = [each for each in passing if seconds_per_answer(each) <= _AS_FAST * fastest]
+    seconds = {each.candidate.name: seconds_per_answer(each, measured) for each in passing}
+    fastest = min(seconds.values())
+    quick = [each for each in passing if seconds[each.candidate.name] <= _AS_FAST * fastest]
     winner = min(quick, key=lambda each: (each.bytes, each.fidelity.kl.mean))
     for each in passing:
         if each is not winner:
@@ -95,11 +97,19 @@ def _is_nearer(each: Measured, other: Measured) -> bool:
     return len(each.fidelity.positions) > 1 and each.fidelity.minus(other.fidelity).high < 0
 
 
-def seconds_per_answer(measured: Measured) -> float:
-    """Time of a typical answer; 0 where speed was not measured, so that bytes decide."""
-    if measured.speed is None:
-        return 0.0
-    return _READ / measured.speed.prompt_tokens_per_s + _WRITTEN / measured.speed.decode_tokens_per_s
+def seconds_per_answer(each: Measured, measured: Sequence[Measured]) -> float:
+    """Time of a typical answer; 0 where speed was not measured, so that bytes decide.
+
+    The median of all files of its type, tied or untied alike: they run the same kernels on the same shapes, so what
+    their timings differ by is noise.
+    """
+    times = [
+        _READ / other.speed.prompt_tokens_per_s + _WRITTEN / other.speed.decode_tokens_per_s
+        for other in measured
+        if other.speed is not None
+        and (other.candidate.kind, other.untied_bytes) == (each.candidate.kind, each.untied_bytes)
+    ]
+    return statistics.median(times) if times else 0.0
 
 
 def _objection(

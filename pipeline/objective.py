@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from domains.errors import ModelError
+from pipeline.kl_teacher import finished_student
 from pipeline.layout import IGNORED
 from pipeline.levers import Levers
 from pipeline.merge import plain_network
@@ -94,8 +94,8 @@ def load_teacher(student: Base, divergence: Divergence, *, dtype: torch.dtype, b
     """
     if divergence.teacher == SELF:
         network = copy.deepcopy(student.model)
-    elif (finished := Path(divergence.teacher).expanduser() / "network.json").is_file():
-        trained = load_student(finished.parent, base=base)
+    elif finished := finished_student(divergence.teacher):
+        trained = load_student(finished, base=base)
         _check_vocabulary(student, trained.base)
         network = plain_network(trained)
     else:

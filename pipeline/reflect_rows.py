@@ -28,8 +28,7 @@ from pipeline.rows import Kept, Origin, gold_quotes, own_quotes
 from pipeline.verify import prose
 from rag.answers import format_reply, reference_answer
 from rag.prompt import neutralise
-
-ABSTENTION_UTILITY = 1  # it does not give what was asked; a supported answer shall win against it
+from rag.reflection import ABSTENTION_UTILITY
 
 
 def token_rows(

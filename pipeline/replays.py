@@ -8,12 +8,11 @@ from typing import Literal
 
 from domains.records import Message, Passage, Question, Segment
 from pipeline.parity import Replay
-from pipeline.reflect_rows import ABSTENTION_UTILITY
 from pipeline.rows import gold_quotes
 from pipeline.student import Base, encode_completion, encode_prompt, render_prompt
 from rag.answers import format_reply, reference_answer
 from rag.prompt import neutralise, render_question, student_messages
-from rag.reflection import render_segments
+from rag.reflection import ABSTENTION_UTILITY, render_segments
 from rag.verdicts import format_verdict
 
 Backend = Literal["none", "text", "tokens", "grader"]

@@ -6,13 +6,14 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from domains.domain import PROMPTS, Domain
 from pipeline.bundle import adapter_of
+from pipeline.kl_teacher import teacher_files
 from pipeline.run_folder import Run
 from serve.manifest import CALIBRATION
 
@@ -202,12 +203,12 @@ STAGES = (
     Stage(
         name="train",
         summary="the student learns, by [train] method",
-        reads=("examples",),
+        reads=("examples", "kl_teacher"),
         writes=("adapter",),
         sections=("student", "train", "reflect.backend"),
         prompts=(),
         code=(
-            *METHODS, "pipeline.methods.block_group", "pipeline.objective", "pipeline.recipe", "pipeline.train", "pipeline.train_split", "pipeline.training_loop", "pipeline.checkpoint", "pipeline.packing", "pipeline.qlora",
+            *METHODS, "pipeline.methods.block_group", "pipeline.objective", "pipeline.merge", "pipeline.recipe", "pipeline.train", "pipeline.train_split", "pipeline.training_loop", "pipeline.checkpoint", "pipeline.packing", "pipeline.qlora",
             *LEVERS,
             "pipeline.student", "pipeline.unpack", "pipeline.token_rows", "rag.prompt", "rag.untrusted",
             "rag.reflection", *GRIDS,
@@ -267,7 +268,8 @@ NAMES = tuple(stage.name for stage in STAGES)
 
 def paths_of(what: str, domain: Domain, run: Run) -> list[Path]:
     """The files behind a name used in `STAGES`: those whose content identifies it."""
-    named: dict[str, list[Path | None]] = {
+    train = domain.config.train
+    named: dict[str, Sequence[Path | None]] = {
         "documents": [domain.documents],
         "questions": [domain.questions],
         "checks": [domain.folder / "checks.py"],
@@ -279,6 +281,7 @@ def paths_of(what: str, domain: Domain, run: Run) -> list[Path]:
         "kept": [run.kept],
         "rejections": [run.rejections],
         "reranker": [run.rerank / "result.json"],  # holds hashes of what lies in the bundle
+        "kl_teacher": teacher_files(train.kl_teacher) if train.objective == "ce+kl" else [],
         "adapter": [run.training / "adapter"],
         "merged": [run.export / "student-F16.gguf"],
         "served": [run.bundle / "student.gguf", adapter_of(run.bundle / "student.gguf")],

@@ -29,6 +29,7 @@ from domains.errors import StageError
 from domains.jsonl import read_jsonl, write_text_atomic
 from domains.records import Example
 from pipeline.checkpoint import State
+from pipeline.kl_teacher import check_teacher, teacher_files
 from pipeline.levers import Levers
 from pipeline.methods.method import Adapter, Method
 from pipeline.methods.registry import method_of
@@ -42,6 +43,7 @@ from pipeline.student import Base, load_base
 from pipeline.token_rows import add_reflection_tokens
 from pipeline.train_split import choose_rows, split_validation
 from pipeline.training_loop import Objective, Settings, Trainer
+from serve.models import sha256_file
 
 _FORMAT = 1  # of the checkpoint; a change makes older ones unusable
 _BYTES_PER_WEIGHT = 32  # adapter, checkpoint with two moments, and its successor while it is written
@@ -106,6 +108,8 @@ def train_student(
         reflection_tokens: add Self-RAG's tokens to the vocabulary and train their rows.
         recipe: see there.
     """
+    if recipe.divergence is not None:
+        check_teacher(recipe.divergence.teacher, folder)
     chosen = choose_rows(examples, max_rows, seed=settings.seed)
     train_examples, held_out = split_validation(chosen, seed=settings.seed)
     dtype, how = training_dtype(bf16=settings.levers.bf16), method_of(recipe.method, recipe.grid)
@@ -191,6 +195,8 @@ def _fingerprint(
 ) -> str:
     parts: list[Any] = [_FORMAT, [asdict(r) for r in rows], [asdict(r) for r in validation]]
     parts += [asdict(settings), asdict(recipe)]
+    if recipe.divergence is not None:
+        parts.append([sha256_file(path) for path in teacher_files(recipe.divergence.teacher)])
     parts += [base.version, str(base.model.dtype)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -31,6 +31,7 @@ SUPPORT = {
     "none": "[No support / Contradictory]",
 }
 UTILITY = {k: f"[Utility:{k}]" for k in (1, 2, 3, 4, 5)}
+ABSTENTION_UTILITY = 1  # it does not give what was asked; a supported answer shall win against it
 PARAGRAPH = ("<paragraph>", "</paragraph>")
 
 # The 15 added tokens, in the order of their ids.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline import speed as timing
 from pipeline.fidelity import Fidelity, Reference, Text, compare
 from pipeline.speed import compare_prompts, measure_speed
 from pipeline.student import load_base
 from pipeline.student_files import write_f16
+from serve.engine import Completion
 from serve.quantizer import requantize
 from tests.tiny_llama import make_tiny_llama
 
@@ -89,3 +92,37 @@ def test_prompts_of_two_files_are_timed_in_turns(tmp_path: Path, monkeypatch: py
     ratio = compare_prompts(fast, slow, prompt_tokens=32, rounds=8)
     assert (ratio.rounds, ratio.median) == (8, pytest.approx(2.0, rel=0.011))
     assert ratio.low < ratio.median < ratio.high
+
+
+class _Scripted:
+    """Writes replies of given lengths, a hundredth of a second a token; the prompt takes a whole second."""
+
+    def __init__(self, lengths: list[int], clock: list[float]) -> None:
+        self.lengths, self.clock = lengths, clock
+
+    def stream(self, _prompt: list[int], *, max_tokens: int, **_: Any) -> Iterator[str]:
+        length = min(max_tokens, self.lengths.pop(0) if len(self.lengths) > 1 else self.lengths[0])
+        self.clock[0] += 1.0
+        yield from self._tokens(length)
+        return Completion("", list(range(length)), 8, "stop")
+
+    def _tokens(self, length: int) -> Iterator[str]:
+        for number in range(length):
+            self.clock[0] += 0.01 if number else 0.0
+            yield "a"
+
+
+@pytest.mark.parametrize("lengths", [[49], [3, 1, 20, 2, 30], [2]])
+def test_writing_is_timed_behind_the_prompt_however_soon_a_reply_ends(
+    lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    rate = timing._write(_Scripted(lengths, clock), [1] * 8, tokens=48, seed=0)  # type: ignore[arg-type]
+    assert rate == pytest.approx(100)
+
+
+def test_a_model_that_writes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    assert timing._write(_Scripted([0], clock), [1] * 8, tokens=48, seed=0) == pytest.approx(1.0)  # type: ignore[arg-type]

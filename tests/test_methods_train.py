@@ -28,6 +28,7 @@ from pipeline.objective import DistilledLoss, Divergence, load_teacher
 from pipeline.packing import Pack, encode_examples, pack_hidden, use_packed_attention
 from pipeline.progress import Silent
 from pipeline.run_folder import Report, Run
+from pipeline.stages import STAGES, fingerprint
 from pipeline.student import load_base, load_student
 from tests.test_train import domain, example, losses
 from tests.tiny_llama import make_tiny_llama
@@ -289,7 +290,17 @@ def test_a_finished_student_is_the_teacher_of_the_network_that_is_rounded(tiny: 
         tiny, tmp_path / "second", method="qat", grid="Q4_0", epochs=4, objective="ce+kl", kl_weight=100.0,
         kl_teacher=str(finished.training),
     )  # fmt: skip
-    aim = load_student(finished.training, base=str(tiny)).network
+    stage = next(each for each in STAGES if each.name == "train")
+    own = domain(tiny, method="qat", grid="Q4_0", objective="ce+kl", kl_teacher=str(finished.training))
+    before = fingerprint(stage, own, run)
+    note = finished.training / "network.json"
+    text = note.read_text("utf-8")
+    note.write_text(text.replace("{", "{ ", 1), "utf-8")
+    assert fingerprint(stage, own, run) != before, "a teacher counts by content, not by its name"
+    note.write_text(text, "utf-8")
+    with pytest.raises(ModelError, match="is the folder that this training writes"):
+        train.run(own, finished, Silent())
+    aim = load_student(finished.training, base=str(tiny)).network  # nothing of it was taken away
     assert _distance(run, tiny, teacher=aim) < 0.3 * _distance(run, tiny)
 
 

@@ -140,7 +140,7 @@ def test_exactly_what_was_trained_is_said_only_where_it_is_so(report):
 def test_a_search_says_what_rotating_was_worth(report):
     searched = copy.deepcopy(report)
     row = {
-        "name": "gptq-q4_0", "bytes": 10**8, "block_bits_per_weight": 4.5, "kl": 0.3, "top1_agreement": 0.8,
+        "name": "gptq-q4_0", "bytes": 122 * 10**6, "untied_bytes": 30 * 10**6, "block_bits_per_weight": 4.5, "kl": 0.3, "top1_agreement": 0.8,
         "exam": None, "prompt_tokens_per_s": 800.0, "decode_tokens_per_s": 90.0,
     }  # fmt: skip
     facts = {
@@ -152,6 +152,7 @@ def test_a_search_says_what_rotating_was_worth(report):
     searched["export"] = {"facts": {"search": facts}}
     text = " ".join(_Page(render_report(searched)).text.split())
     assert "no rotation beats it" in text
+    assert "122.0 MBof it 30.0 MB for an output matrix of its own" in text
     searched["export"]["facts"]["search"]["rotation"] = ""
     assert "<li></li>" not in render_report(searched)
 

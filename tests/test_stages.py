@@ -33,6 +33,7 @@ NO_VERSION = {
     "domains.records": "form of files; their content counts",
     "pipeline.progress": "what is shown meanwhile",
     "pipeline.run_folder": "where files lie",
+    "pipeline.kl_teacher": "which files a teacher is; their content counts",
     "pipeline.quiet_libraries": "silences warnings",
     "serve.llama_log": "silences llama.cpp",
     "serve.manifest": "form of a file; its content counts",
@@ -160,12 +161,18 @@ def test_inputs_count_by_content(domain: Domain, run: Run, name: str) -> None:
     (domain.folder / "general.jsonl").write_text(
         '{"id": "g", "instruction": "What is 1 + 1?", "answer": "2."}\n'
     )
+    (teacher := domain.folder / "other" / "train" / "adapter").mkdir(parents=True)
+    for file in (teacher / "adapter_model.safetensors", teacher.parent / "network.json"):
+        file.write_text("{}")
+    train = domain.config.train.model_copy(update={"objective": "ce+kl", "kl_teacher": str(teacher.parent)})
+    domain = replace(domain, config=domain.config.model_copy(update={"train": train}))
     before = fingerprint(stage, domain, run)
     everything = [
         "documents",
         "questions",
         "checks",
         "instructions",
+        "kl_teacher",
         *(what for each in STAGES for what in each.writes),
     ]
     moved = set()
@@ -249,7 +256,7 @@ def test_a_stage_is_done_until_an_output_is_deleted(domain: Domain, run: Run, na
 
 
 def test_every_input_is_the_domains_or_written_by_an_earlier_stage() -> None:
-    there = {"documents", "questions", "checks", "instructions"}
+    there = {"documents", "questions", "checks", "instructions", "kl_teacher"}
     for stage in STAGES:
         assert set(stage.reads) <= there, stage.name
         there |= set(stage.writes)
