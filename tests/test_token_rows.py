@@ -322,7 +322,7 @@ def test_the_gates_prompts_are_those_of_the_backend() -> None:
         "[Retrieval]<paragraph>Note 1\nThe dose is 3 at noon.</paragraph>[Relevant]"
         '"The dose is 3 at noon." [1]\nAnswer: It is 3.[Fully supported][Utility:5]'
     )
-    assert turns("tokens")["Who?"][1].endswith("[Irrelevant]Answer: I don't know.[Utility:5]")
+    assert turns("tokens")["Who?"][1].endswith("[Irrelevant]Answer: I don't know.[Utility:1]")
     asked, reply = turns("text")["What is the dose?"]
     assert "noon" in asked
     assert reply == f"The passage is informative.\n{turns('none')['What is the dose?'][1]}"
