@@ -12,7 +12,7 @@ from pipeline.roundings import ROTATING
 
 # A typical answer with retrieval: three passages are read, a quote and a sentence are written.
 _READ, _WRITTEN = 600, 60
-_AS_FAST = 1.3  # times within this ratio are taken as equal: timings of one file differed by 28 % in one run
+_AS_FAST = 1.3  # times within this ratio are taken as equal: files of one type differed by 28 % in one run
 _RESAMPLES = 2000
 
 
@@ -100,8 +100,8 @@ def _is_nearer(each: Measured, other: Measured) -> bool:
 def seconds_per_answer(each: Measured, measured: Sequence[Measured]) -> float:
     """Time of a typical answer; 0 where speed was not measured, so that bytes decide.
 
-    The median of all files of its type, tied or untied alike: they run the same kernels on the same shapes, so what
-    their timings differ by is noise.
+    The median of all files of its type whose output matrix is of the same size: they run the same kernels on the same
+    shapes, so what their timings differ by is noise.
     """
     times = [
         _READ / other.speed.prompt_tokens_per_s + _WRITTEN / other.speed.decode_tokens_per_s
