@@ -5,13 +5,14 @@
     python benchmarks/distillation.py --json       the last line is one JSON object
     python benchmarks/distillation.py --parts retrieval abstention public
     python benchmarks/distillation.py --parts sweep --profile quick
+    python benchmarks/distillation.py --parts public --sets kqa_answers --work DIR
 
 Retrieval is measured on MedQuAD's answerable questions where ``--data`` has them (folders ``medquad_answerable``
 and ``medquad``), else on the domain's own corpus; ``abstention`` asks the same set, its unanswerable questions too,
 with the student that ``students`` trained, else with the untrained model. ``sweep`` varies KARD's rationales per question (n),
 passages (k) and share of rows whose passages the question found, one at a time (left out of --quick). ``public`` chooses options
-(``openstax_health``), decides yes or no (``pubmedqa``), judges support (``kqa``) and finds sections (``prd_doc_qa``),
-each where ``--data`` has it, and answers closed questions of the shipped domains and of ``--domain``; chance stands beside each.
+(``openstax_health``), decides yes or no (``pubmedqa``), judges support (``kqa``), answers its patients (``kqa_answers``; also
+with the students that ``students`` trained in ``--work``; not with --quick) and finds sections (``prd_doc_qa``), each where ``--data`` has it, and answers closed questions of the shipped domains and of ``--domain``; chance stands beside each.
 Students are trained and asked on the domain's corpus: the exam split, whose documents no training row is about. Every figure is of
 this machine as it is: close what else runs.
 """
@@ -91,6 +92,7 @@ FIT_QUESTIONS = 80  # of the seed split and of the instructions, for threshold a
 DEVELOPMENT = 200  # prompts that the confidence of quotes is fitted to: seed questions, with and without their documents
 QUICK_DEVELOPMENT = 16  # with fewer than 8 right answers among them the likelihood ranks
 QUICK_ROWS = 400  # of MedQuAD, to learn the reranker from
+PATIENTS_ASK = ("quotes", "kard_abstaining")  # whose students answer K-QA
 QUICK_ASKED = 10  # of MedQuAD's test, for the student's abstention
 SHIPPED = ("medical", "product_requirements")
 QUICK = {"questions": 36, "exam": 12, "epochs": 1}
@@ -485,7 +487,7 @@ def measure_unanswerable(options: argparse.Namespace, work: Path, progress: Prog
 
 
 def measure_sets(options: argparse.Namespace, work: Path, progress: Progress) -> dict[str, Any]:
-    """The other public sets, with the untrained model where one is needed."""
+    """The other public sets, with the untrained model where one is needed; K-QA's patients ask ``--work``'s students, too."""
     if options.data is None:
         progress.say("no --data: left out")
         return {}
@@ -501,8 +503,15 @@ def measure_sets(options: argparse.Namespace, work: Path, progress: Progress) ->
             engine=engine,
             work=work,
             sets=options.sets,
+            students=trained_in(work),
         )
     return {"public": found}
+
+
+def trained_in(work: Path) -> dict[str, Path]:
+    """The students of `PATIENTS_ASK` that an earlier call trained in this folder."""
+    paths = {name: work / "students" / name / "student-F16.gguf" for name in PATIENTS_ASK}
+    return {name: path for name, path in paths.items() if path.is_file()}
 
 
 def prepared(

@@ -81,10 +81,10 @@ ROUTES: tuple[tuple[str, Grid | None], ...] = (
 NOT_QUICK = {
     "default": {
         "rtn-q4_0", "mse-q4_0", "gptq-q4_1", "r2-gptq-q4_0", "learned-gptq-q4_0", "learned-kl-gptq-q4_0", "tuned-gptq-q4_0",
-        "qalora-q4_0",
+        "qalora-q4_1", "qalora-q4_0",
     },
     "k-capable": {
-        "llamacpp-q8_0", "rtn-q4_0", "mse-q4_0", "gptq-q4_0", "gptq-q4_1", "r2-gptq-q4_0", "learned-gptq-q4_0", "learned-kl-gptq-q4_0",
+        "llamacpp-q8_0", "rtn-q4_0", "mse-q4_0", "gptq-q4_1", "r2-gptq-q4_0", "learned-gptq-q4_0", "learned-kl-gptq-q4_0",
         "tuned-gptq-q4_0", "qat-q4_0", "qalora-q4_1", "qalora-q4_0",
     },
 }  # fmt: skip
@@ -105,14 +105,16 @@ class Sizes:
     learning_steps: int
     heal_steps: int
     heal_batch: int
+    prompt_rounds: int
 
 
 QUICK = Sizes(
-    rows=16, epochs=2, exact_rows=8, length=512, calibration=24, texts=4, exam=4, learning_steps=16, heal_steps=20,
-    heal_batch=2,
+    rows=24, epochs=2, exact_rows=8, length=512, calibration=24, texts=4, exam=4, learning_steps=16, heal_steps=20,
+    heal_batch=2, prompt_rounds=5,
 )  # fmt: skip
 FULL = Sizes(
     rows=48, epochs=2, exact_rows=24, length=512, calibration=24, texts=12, exam=12, learning_steps=16, heal_steps=120, heal_batch=4,
+    prompt_rounds=9,
 )  # fmt: skip
 
 
@@ -364,7 +366,7 @@ def measure_network(
         "calibration_tokens": sum(batch.numel() for batch in batches),
         "exam": round(exam.mean, 4) if exam else None,
         "exam_interval": limits(exam) if exam else None,
-        "comparisons": comparisons(found),
+        "comparisons": comparisons(found, prompt_rounds=ground.sizes.prompt_rounds),
         "rotation": compare_rotations(found),
     }
 
@@ -447,7 +449,7 @@ def ask(ground: Ground, path: Path) -> list[float]:
         )  # fmt: skip
 
 
-def comparisons(found: Sequence[Measured]) -> dict[str, Any]:
+def comparisons(found: Sequence[Measured], *, prompt_rounds: int) -> dict[str, Any]:
     """The best candidate of few bits against llama.cpp's own files: KL paired over texts, prompts timed in turns."""
     by_name = {each.candidate.name: each for each in found}
     ours = [
@@ -467,7 +469,7 @@ def comparisons(found: Sequence[Measured]) -> dict[str, Any]:
             "kl_minus": [round(value, 5) for value in (gap.mean, gap.low, gap.high)],
             "block_bits": [round(best.block_bits_per_weight, 3), round(other.block_bits_per_weight, 3)],
         }
-        ratio = compare_prompts(best.path, other.path)
+        ratio = compare_prompts(best.path, other.path, rounds=prompt_rounds)
         result[theirs] |= {
             "prompt_speed_ratio": ratio.median, "prompt_speed_quartiles": [ratio.low, ratio.high],
         }  # fmt: skip

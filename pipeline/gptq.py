@@ -39,7 +39,7 @@ def collect_and_round(
     """Sequential GPTQ over the linear layers inside the blocks; the network's weights become the rounded ones.
 
     Embedding, output matrix and norms stay as they are. Memory beside the network: two copies of the stream
-    (tokens × width, float32) and one layer's second moments.
+    (tokens × width, float32), what reaches one ``down_proj`` (tokens × its inputs), and one layer's second moments.
 
     Args:
         network: a ``LlamaForCausalLM`` in float32, in eval mode; changed in place.
@@ -129,7 +129,9 @@ def _round_mlp(layer: Any, stream: Stream, rounder: _Rounder, damp: float, *, pe
     mlp, hidden = layer.mlp, stream.hidden
     moments = second_moments(layer.post_attention_layernorm(rows) for rows in hidden)
     rounder.round([mlp.gate_proj, mlp.up_proj], curvature(moments, damp=damp))
-    moments = second_moments(activated(layer, rows) for rows in hidden)
+    middle = [activated(layer, rows) for rows in hidden]
+    moments = second_moments(middle)
+    order = None
     if permute:
         order = _strongest_first(moments.diagonal())
         rounder.reorder_rows(mlp.gate_proj, order)
@@ -138,7 +140,8 @@ def _round_mlp(layer: Any, stream: Stream, rounder: _Rounder, damp: float, *, pe
         moments = moments[order][:, order]
     rounder.round([mlp.down_proj], curvature(moments, damp=damp))
     for index, rows in enumerate(hidden):
-        hidden[index] = rows + mlp.down_proj(activated(layer, rows))
+        inputs = middle[index] if order is None else middle[index][..., order]
+        hidden[index] = rows + mlp.down_proj(inputs)
 
 
 def _strongest_first(strength: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from serve.assistant import Assistant
 from serve.engine import Engine
 from serve.judges import WordJudge
 
-SETS = ("openstax_health", "domains", "pubmedqa", "kqa", "prd_doc_qa")
+SETS = ("openstax_health", "domains", "pubmedqa", "kqa", "kqa_answers", "prd_doc_qa")
 ASKED = 16  # what the model scores of each set, in the quick run
 PAIRS = 200  # questions that a confidence is fitted to; each is searched twice
 _EVERYTHING = 0
@@ -60,6 +60,7 @@ def measure_public(
     engine: Engine,
     work: Path,
     sets: Container[str] = SETS,
+    students: Mapping[str, Path] = {},  # noqa: B006  never changed
 ) -> dict[str, Any]:
     """Options, yes/no, support and retrieval, each where its folder is in ``data``.
 
@@ -72,6 +73,7 @@ def measure_public(
         engine: the model that scores, untrained.
         work: a folder for indexes.
         sets: which of `SETS`.
+        students: GGUF files of trained students by name; they answer K-QA's patients beside ``engine``.
     """
     asked = ASKED if quick else _EVERYTHING
     embedder = MiniLMEmbedder()
@@ -107,11 +109,18 @@ def measure_public(
             embed=None if quick else embedder.embed,
             judge=None if quick else WordJudge(EngineChat(engine)),
         )
-        medical = next((domain for domain in domains if domain.name == "medical"), None)
-        if medical is not None and not quick and _has(folder, f"{split}.jsonl"):
-            result["kqa_answers"] = answer_patients(
-                folder, medical, progress, split=split, engine=engine, work=work
-            )
+    medical = next((domain for domain in domains if domain.name == "medical"), None)
+    folder = data / "kqa"
+    if "kqa_answers" in sets and medical is not None and not quick and _has(folder, f"{split}.jsonl"):
+        progress.say("public: kqa_answers")
+        result["kqa_answers"] = {
+            "untrained": answer_patients(folder, medical, progress, split=split, engine=engine, work=work)
+        }
+        for name, path in students.items():
+            with Engine(path, context=medical.config.student.context, parallel=1) as student:
+                result["kqa_answers"][name] = answer_patients(
+                    folder, medical, progress, split=split, engine=student, work=work
+                )
     if "prd_doc_qa" in sets and (folder := data / "prd_doc_qa").is_dir():
         progress.say("public: prd_doc_qa")
         case = prd_case(folder, split=split)

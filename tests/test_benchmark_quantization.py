@@ -38,16 +38,16 @@ def measured(name: str, *, kl: float, bits: float = 4.5, speed: float = 100.0) -
 def test_the_best_of_few_bits_is_compared_with_llama_cpps_own(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[tuple[str, str]] = []
 
-    def in_turns(one: Path, other: Path) -> PromptRatio:
+    def in_turns(one: Path, other: Path, *, rounds: int) -> PromptRatio:
         timed.append((one.name, other.name))
-        return PromptRatio(1.5, 1.4, 1.6, 9)
+        return PromptRatio(1.5, 1.4, 1.6, rounds)
 
     monkeypatch.setattr(quantization, "compare_prompts", in_turns)
     found = quantization.comparisons([
         measured("gptq-q4_0", kl=0.03), measured("r1r2-gptq-q4_0", kl=0.02, speed=150),
         measured("gptq-q4_1", kl=0.01, bits=5.0),  # nearer, but of more bits
         measured("llamacpp-q4_0-imatrix", kl=0.04), measured("llamacpp-q4_k_m-imatrix", kl=0.01, bits=4.8),
-    ])  # fmt: skip
+    ], prompt_rounds=9)  # fmt: skip
     assert found["best"] == "r1r2-gptq-q4_0"
     assert found["llamacpp-q4_0-imatrix"] == {
         "kl_ratio": 0.5, "kl_minus": [-0.02, -0.02, -0.02], "block_bits": [4.5, 4.5], "prompt_speed_ratio": 1.5,
@@ -55,7 +55,7 @@ def test_the_best_of_few_bits_is_compared_with_llama_cpps_own(monkeypatch: pytes
     }  # fmt: skip
     assert timed[0] == ("r1r2-gptq-q4_0", "llamacpp-q4_0-imatrix")
     assert found["llamacpp-q4_k_m-imatrix"]["kl_ratio"] == 2.0
-    assert quantization.comparisons([measured("llamacpp-q4_0-imatrix", kl=0.04)]) == {}
+    assert quantization.comparisons([measured("llamacpp-q4_0-imatrix", kl=0.04)], prompt_rounds=9) == {}
 
 
 def test_every_byte_that_differs_from_the_base_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

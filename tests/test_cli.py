@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 from pypdf import PdfWriter
+from rich.console import Console
 
 import preceptor
 from domains.domain import load_domain
@@ -478,3 +480,19 @@ def test_a_pipe_that_is_closed_is_no_error(arguments: list[str], tmp_path: Path)
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait(timeout=60) in {0, 1}
+
+
+def test_a_searchs_table_shows_what_untying_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    paper = io.StringIO()
+    monkeypatch.setattr(preceptor, "console", Console(file=paper, width=120))
+    row = {
+        "name": "gptq-q4_0", "bytes": 92 * 10**6, "untied_bytes": 0, "block_bits_per_weight": 4.5, "kl": 0.28, "top1_agreement": 0.8,
+        "exam": 0.25, "prompt_tokens_per_s": 800.0, "decode_tokens_per_s": 90.0,
+    }  # fmt: skip
+    rotated = {**row, "name": "r1r2-gptq-q4_0", "bytes": 122 * 10**6, "untied_bytes": 30 * 10**6}
+    preceptor._print_search(
+        {"candidates": [row, rotated], "winner": "r1r2-gptq-q4_0", "reasons": [], "rotation": ""}
+    )
+    plain, turned = (line.split() for line in paper.getvalue().splitlines() if "gptq-q4_0" in line)
+    assert plain[:3] == ["gptq-q4_0", "92", "-"]
+    assert turned[:4] == ["*", "r1r2-gptq-q4_0", "122", "30"]

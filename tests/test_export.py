@@ -171,12 +171,28 @@ def test_another_serving_format_leaves_no_file_behind(world: tuple[Path, Path]) 
 
 
 def rounded(
-    world: tuple[Path, Path], rounding: str, kind: str, *, max_kl: float, min_top1: float
+    world: tuple[Path, Path],
+    rounding: str,
+    kind: str,
+    *,
+    max_kl: float,
+    min_top1: float,
+    said: Silent | None = None,
 ) -> tuple[Run, dict[str, Any]]:
     """The run and the export's facts, after its gate."""
     how = {"rounding": rounding, "serve": kind, "formats": ["Q8_0"], "imatrix_tokens": 0}
     domain, run = load(world, export=how, parity={"max_kl": max_kl, "min_top1": min_top1})
-    return run, export.run(domain, run, Silent()).facts
+    return run, export.run(domain, run, said or Silent()).facts
+
+
+@pytest.mark.parametrize(("rounding", "bigger"), [("rtn", False), ("r1r2-gptq", True)])
+def test_the_bytes_of_an_untied_output_are_said(
+    world: tuple[Path, Path], rounding: str, bigger: bool
+) -> None:
+    said = Silent()
+    rounded(world, rounding, "Q8_0", max_kl=1.0, min_top1=0.1, said=said)
+    (line,) = (line for line in said.lines if line.startswith(f"{rounding}-q8_0: "))
+    assert ("MB of them for an output matrix of its own" in line) is bigger
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)

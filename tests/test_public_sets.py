@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from domains.domain import load_domain
 from domains.records import Hit, Passage, Question
 from pipeline import public_sets_bench
 from pipeline.abstention import Case
@@ -34,6 +35,7 @@ from pipeline.public_sets_yes_no import measure_yes_no
 from pipeline.verify_model import passage_gains
 from serve.engine import Engine
 from serve.models import inference_gguf
+from tests.small_serving import TEXTS, write_domain
 
 GLANDS = {"pancreas": "insulin", "thyroid": "thyroxine", "ovary": "oestrogen", "pineal gland": "melatonin"}
 DENIED = "There was no significant difference. The score did not change (p = 0.4)."
@@ -297,6 +299,45 @@ def test_the_quick_run_measures_every_set_that_is_there(
     )
     assert found["prd_doc_qa"]["bm25"]["hit@1"] == 1.0
     json.dumps(found)
+
+
+def test_patients_are_answered_by_the_model_and_by_each_student(
+    data: Path, tmp_path: Path, engine: Engine
+) -> None:
+    """With a real engine, a real index of the domain's documents, and a student's file."""
+    lines(
+        data / "kqa" / "dev.jsonl",
+        [
+            {
+                "question": "What is Brenzal for?",
+                "answer": "Hay fever.",
+                "must_have": ["Brenzal treats hay fever."],
+            }
+        ],
+    )
+    folder = write_domain(tmp_path / "medical").folder
+    settings = (folder / "domain.toml").read_text("utf-8").replace('name = "shelf"', 'name = "medical"')
+    (folder / "domain.toml").write_text(settings, encoding="utf-8")
+    medical, documents = load_domain(str(folder)), folder / "documents"
+    documents.mkdir()
+    for name, text in TEXTS.items():
+        (documents / f"{name}.md").write_text(f"# {name}\n\n{text}\n", encoding="utf-8")
+    found = measure_public(
+        data, [medical], Silent(), split="dev", quick=False, engine=engine, work=tmp_path / "work",
+        sets=["kqa_answers"], students={"quotes": inference_gguf("smollm2-135m")},
+    )  # fmt: skip
+    assert found.keys() == {"kqa_answers"}
+    answers = found["kqa_answers"]
+    assert answers["untrained"].keys() == {
+        "question_repeated",
+        "physician",
+        "closed_book",
+        "medical_passages",
+    }
+    for each in answers["untrained"].values():
+        assert each["n"] == 1
+        assert 0 <= each["accuracy"] <= 1
+    assert answers["quotes"] == answers["untrained"]  # the same weights answer the same
 
 
 def test_sets_that_are_not_there_are_left_out(tmp_path: Path, engine: Engine) -> None:

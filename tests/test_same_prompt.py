@@ -61,6 +61,20 @@ GENERAL = [
 ]
 
 
+def assistant_of(engine: Engine, *, reflector: TokenReflector | None = None) -> Assistant:
+    system = builder(finds_home).system
+    return Assistant(
+        engine,
+        None,
+        system=system,
+        abstain="",
+        top_k=3,
+        max_tokens=50,
+        unsupported="keep",
+        reflector=reflector,
+    )
+
+
 @pytest.mark.parametrize(
     ("rows", "origins"),
     [
@@ -77,15 +91,7 @@ def test_the_prompt_of_every_row_is_the_assistants_own(rows: list[Example], orig
     texts = {passage.passage_id: passage for passage in passages()}
     asked = {question.id: question for question in questions()}
     with Engine(inference_gguf("smollm2-135m"), context=2048, parallel=1) as engine:
-        assistant = Assistant(
-            engine,
-            None,
-            system=builder(finds_home).system,
-            abstain="",
-            top_k=3,
-            max_tokens=50,
-            unsupported="keep",
-        )
+        assistant = assistant_of(engine)
         for row, example in zip(encoded, rows, strict=True):
             shown = [Hit(passage=texts[name], score=1.0) for name in example.passages]
             prompt = assistant.prompt(render_question(asked[example.question_id]), shown, [])
@@ -116,16 +122,7 @@ def test_self_rags_rows_open_as_its_back_end_asks(tmp_path: Path) -> None:
     with Engine(tmp_path / "tokens.gguf", context=2048, parallel=1) as engine:
         vocabulary = Vocabulary.of(engine)
         reflector = TokenReflector(vocabulary, Settings())
-        assistant = Assistant(
-            engine,
-            None,
-            system=builder(finds_home).system,
-            abstain="",
-            top_k=3,
-            max_tokens=50,
-            unsupported="keep",
-            reflector=reflector,
-        )
+        assistant = assistant_of(engine, reflector=reflector)
         for row, example in zip(encoded, rows, strict=True):
             prompt = assistant.prepare(render_question(asked[example.question_id])).tokens
             if example.passages:
