@@ -60,7 +60,7 @@ def measure_public(
     engine: Engine,
     work: Path,
     sets: Container[str] = SETS,
-    students: Mapping[str, Path] = {},  # noqa: B006  never changed
+    students: Mapping[str, Path] = {},
 ) -> dict[str, Any]:
     """Options, yes/no, support and retrieval, each where its folder is in ``data``.
 
