@@ -619,8 +619,9 @@ def _print_search(found: dict[str, Any]) -> None:
     console.print(table)
     for reason in found["reasons"]:
         console.print(f"  {escape(reason)}", highlight=False, soft_wrap=True)
-    if found.get("rotation"):
-        console.print(f"  {escape(found['rotation'])}", highlight=False, soft_wrap=True)
+    for more in ("rotation", "caveat"):
+        if found.get(more):
+            console.print(f"  {escape(found[more])}", highlight=False, soft_wrap=True)
     console.print("untied: MB of these for an output matrix of its own", markup=False)
     console.print('To keep the choice for `run`: [export] rounding = "search" in domain.toml.', markup=False)
 

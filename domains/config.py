@@ -289,7 +289,7 @@ class ExportSection(Record):
     nearest (``rtn``), with searched scales (``mse``), by GPTQ, with R2 or R1 and R2 rotated first, with rotations
     learned (SpinQuant) on the error that GPTQ will leave (``learned-gptq``), on the KL (``learned-kl-gptq``) or the
     cross-entropy (``learned-ce-gptq``) of the rounded network, or with the first of these and scales tuned afterwards;
-    ``search`` makes most of them and more, measures them and serves the fastest that is as near as ``[parity]`` asks. SpinQuant's R3 is llama.cpp's own where ``[serve] kv_cache``
+    ``search`` makes most of them and more, measures them and serves the smallest of the fast ones that are as near as ``[parity]`` asks. SpinQuant's R3 is llama.cpp's own where ``[serve] kv_cache``
     is quantized; R4 has no place in stock llama.cpp: SiLU does not commute with it.
     """
 

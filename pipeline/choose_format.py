@@ -30,14 +30,17 @@ def choose(measured: Sequence[Measured], *, max_kl: float, min_top1: float) -> C
 
     A candidate passes if it is as near to the full-precision student as the parity gate asks, if a rotation beats
     GPTQ alone beyond noise, and if its exam is not worse than the nearest candidate's beyond noise. Where none passes, the
-    nearest is taken.
+    nearest is taken, of those whose rotation, if any, is worth it.
 
     Args:
-        measured: at least one.
+        measured: at least one, not all of them rotated.
         max_kl: nats per position, as in ``[parity]``.
         min_top1: as in ``[parity]``.
     """
-    nearest = min(measured, key=lambda each: each.fidelity.kl.mean)
+    nearest = min(
+        (each for each in measured if not _is_unproven(each, measured)),
+        key=lambda each: each.fidelity.kl.mean,
+    )
     rotation = compare_rotations(measured)
     reasons, passing = [], []
     for each in measured:
@@ -112,6 +115,14 @@ def seconds_per_answer(each: Measured, measured: Sequence[Measured]) -> float:
     return statistics.median(times) if times else 0.0
 
 
+def _is_unproven(each: Measured, measured: Sequence[Measured]) -> bool:
+    """Rotated, and not nearer to the student than GPTQ alone beyond noise."""
+    if each.candidate.how not in ROTATING:
+        return False
+    plain = _without_rotation(each, measured)
+    return plain is None or not _is_nearer(each, plain)
+
+
 def _objection(
     each: Measured, measured: Sequence[Measured], nearest: Measured, *, max_kl: float, min_top1: float
 ) -> str:
@@ -121,10 +132,8 @@ def _objection(
             f"{kl:.4f} nats from the full-precision student (at most {max_kl:g}), same top token at {top1:.1%} "
             f"(at least {min_top1:.0%})"
         )
-    if each.candidate.how in ROTATING:
-        plain = _without_rotation(each, measured)
-        if plain is None or not _is_nearer(each, plain):
-            return "its rotation does not beat GPTQ alone beyond noise"
+    if _is_unproven(each, measured):
+        return "its rotation does not beat GPTQ alone beyond noise"
     if each.exam and nearest.exam and each is not nearest:
         ones = [1.0] * len(each.exam)
         gap = paired_difference((each.exam, ones), (nearest.exam, ones), resamples=_RESAMPLES, seed=0)

@@ -107,11 +107,13 @@ def _make_served(
     with disk_errors(run.export), clock("rounding", "rounding the student"):
         if how != "search":
             return serve, round_one(work, how, serve, clock.progress), None
-        choice, found = search(work, _held_out(domain, run, examples), clock.progress)
+        held_out = _held_out(domain, run, examples)
+        choice, found = search(work, held_out, clock.progress)
     facts = {
         "winner": choice.winner.candidate.name,
         "reasons": list(choice.reasons),
         "rotation": choice.rotation,
+        "caveat": held_out.caveat,
         "candidates": [each.row() for each in found],
     }
     return choice.winner.candidate.kind, choice.winner.path, facts
@@ -140,8 +142,10 @@ def _held_out(domain: Domain, run: Run, examples: Sequence[Example]) -> HeldOut:
             )  # fmt: skip
         return scores([item.question for item in items], answers, abstain=config.domain.abstain)
 
+    unseen, caveat = unseen_passages(passages, questions, examples)
     return HeldOut(
-        passages=unseen_passages(passages, questions, examples),
+        passages=unseen,
+        caveat=caveat,
         score=score if items else None,
         max_kl=config.parity.max_kl,
         min_top1=config.parity.min_top1,

@@ -45,7 +45,7 @@ def retrain(
         network: the merged student in float32; stays as it is.
         base: whose tokenizer and licence it has.
         rows: what is trained on, tokenized.
-        folder: for the loop's notes and its checkpoint.
+        folder: for the loop's notes.
         progress: told of every step.
         method: how.
         grid: where to.
@@ -64,8 +64,7 @@ def retrain(
     adapted = how.prepare(student, adapter, progress.say)
     use_packed_attention(student.model)
     objective = DistilledLoss(student.model, teacher, divergence, settings.levers)
-    trainer = Trainer(
-        adapted, student.model, rows, (), settings, folder, "", objective=objective
-    )  # no checkpoint is kept, so none needs to be recognised
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(adapted, student.model, rows, (), settings, folder, "", objective=objective)
     trainer.fit(progress, checkpoint_steps=trainer.total + 1)
     return packed_of(adapted)

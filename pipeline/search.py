@@ -1,7 +1,7 @@
 """``[export] rounding``: the served file made by one of them, or searched for: every candidate is made and measured, and the one to serve is chosen.
 
 The reference is the merged student in full precision. Its KL is measured on text of documents that no training row is
-about, the exam's score on seed questions that training did not use (never on the exam's own: what is examined must not
+about, where there are any (else that is said), the exam's score on seed questions that training did not use (never on the exam's own: what is examined must not
 choose the format).
 """
 
@@ -70,10 +70,12 @@ class Work:
 class HeldOut:
     """What files are measured on, and the bounds that they must keep.
 
-    ``score`` gives a file's scores per development question; None where there are no questions.
+    ``score`` gives a file's scores per development question; None where there are no questions. ``caveat`` says what of
+    the passages training rows show; empty where none does.
     """
 
     passages: Sequence[Passage]
+    caveat: str
     score: Callable[[Path], Sequence[float]] | None
     max_kl: float
     min_top1: float
@@ -93,6 +95,8 @@ def round_one(work: Work, rounding: Rounding, kind: GgufType, progress: Progress
 def search(work: Work, held_out: HeldOut, progress: Progress) -> tuple[Choice, list[Measured]]:
     """Make, measure, choose. Only the chosen file stays."""
     materials = work.materials()
+    if held_out.caveat:
+        progress.say(held_out.caveat)
     reference = Reference.of_file(work.f16, held_out_texts(work.base, held_out.passages))
     candidates = possible(CANDIDATES, materials)
     found = list(measure(candidates, materials, work.folder, reference, progress, exam=held_out.score))
@@ -121,12 +125,19 @@ def held_out_texts(base: Base, passages: Sequence[Passage]) -> list[Text]:
 
 def unseen_passages(
     passages: Sequence[Passage], questions: Sequence[Question], examples: Sequence[Example]
-) -> list[Passage]:
-    """Passages of the exam's documents that no training row shows; all that no row shows where that leaves none."""
+) -> tuple[list[Passage], str]:
+    """Passages of the exam's documents that no training row shows, the nearest thing where there are none, and what it is."""
     shown = {name for example in examples for name in example.passages}
     rest = [passage for passage in passages if passage.passage_id not in shown]
     about = {question.about for question in questions if question.split == "exam"}
-    return [passage for passage in rest if passage.doc_id in about] or rest or list(passages)
+    if unseen := [passage for passage in rest if passage.doc_id in about]:
+        return unseen, ""
+    if rest:
+        return (
+            rest,
+            "files are compared on passages that no training row shows, of documents that rows are about",
+        )
+    return list(passages), "files are compared on passages that training rows show: there are no others"
 
 
 def scores(questions: Sequence[Question], answers: Sequence[Any], *, abstain: str) -> list[float]:

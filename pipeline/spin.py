@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 RotationLoss = Literal["kl", "ce", "error"]
 _LAYERS_A_STEP = 8  # of `error`: enough for a direction, and memory stays flat
-_DAMP = 0.01
 
 
 def learn_rotations(
@@ -111,11 +110,12 @@ def _measure(
     """The loss of a step, with gradients."""
     import torch
 
+    from pipeline.gptq import DAMP, MLP_DAMP
     from pipeline.spin_error import collect_moments, predicted_error
     from pipeline.spin_forward import SpunNetwork
 
     if loss == "error":
-        moments = collect_moments(network, batches, damp=_DAMP)
+        moments = collect_moments(network, batches, damp=DAMP, mlp_damp=MLP_DAMP)
         generator = torch.Generator().manual_seed(seed)
         some = min(_LAYERS_A_STEP, len(moments))
 

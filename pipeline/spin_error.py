@@ -38,15 +38,17 @@ class LayerMoments:
     powers: tuple[float, float, float, float]  # tr(W H Wᵀ) of qkv, o, gate/up, down
 
 
-def collect_moments(network: Any, batches: Sequence[torch.Tensor], *, damp: float) -> list[LayerMoments]:
-    """One forward pass of the unrounded network."""
+def collect_moments(
+    network: Any, batches: Sequence[torch.Tensor], *, damp: float, mlp_damp: float
+) -> list[LayerMoments]:
+    """One forward pass of the unrounded network; the dampings are those that GPTQ will use."""
     import torch
 
     found = []
     with torch.no_grad():
         stream = Stream(network, batches)
         for layer in network.model.layers:
-            found.append(_layer_moments(layer, stream, damp))
+            found.append(_layer_moments(layer, stream, damp, mlp_damp))
     return found
 
 
@@ -67,7 +69,7 @@ def predicted_error(
     return torch.stack(errors).mean()
 
 
-def _layer_moments(layer: Any, stream: Stream, damp: float) -> LayerMoments:
+def _layer_moments(layer: Any, stream: Stream, damp: float, mlp_damp: float) -> LayerMoments:
     attention, mlp, hidden = layer.self_attn, layer.mlp, stream.hidden
     before_attention = second_moments(layer.input_layernorm(rows) for rows in hidden)
     heads = list(attended(layer, stream))
@@ -85,11 +87,11 @@ def _layer_moments(layer: Any, stream: Stream, damp: float) -> LayerMoments:
         sum(_power(linear, before_mlp) for linear in (mlp.gate_proj, mlp.up_proj)),
         _power(mlp.down_proj, inner),
     )
-    down = conditional_variances(_damped(inner[order][:, order], damp)).float()
+    down = conditional_variances(_damped(inner[order][:, order], mlp_damp)).float()
     return LayerMoments(
         _damped(before_attention, damp).float(),
         _damped(before_output, damp).float(),
-        _damped(before_mlp, damp).float(),
+        _damped(before_mlp, mlp_damp).float(),
         down.reshape(-1, BLOCK).sum(1),
         order,
         powers,

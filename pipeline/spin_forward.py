@@ -69,7 +69,7 @@ class SpunNetwork:
     def _spun_hidden(self, ids: torch.Tensor) -> torch.Tensor:
         with self._spinning():
             hidden = self._hidden(ids)
-        return hidden if self.r1 is None else hidden @ self.r1.T
+        return hidden if self.r1 is None else _precisely(hidden, self.r1.T)
 
     @contextmanager
     def _spinning(self) -> Iterator[None]:
@@ -79,7 +79,9 @@ class SpunNetwork:
         try:
             if self.r1 is not None:
                 r1 = self.r1
-                handles.append(model.embed_tokens.register_forward_hook(lambda _m, _i, out: out @ r1))
+                handles.append(
+                    model.embed_tokens.register_forward_hook(lambda _m, _i, out: _precisely(out, r1))
+                )
             for index, layer in enumerate(model.layers):
                 for linear, turn in self._turns(index, layer):
                     linear.forward = _spun_forward(linear, turn, self.grid)
@@ -123,7 +125,16 @@ def _spun_forward(
     import torch
 
     def forward(inputs: torch.Tensor) -> torch.Tensor:
-        weight = fake_quantize(turn(linear.weight).float(), grid)
+        with torch.autocast("cpu", enabled=False):  # bfloat16 would round the weight before the grid does
+            weight = fake_quantize(turn(linear.weight), grid)
         return torch.nn.functional.linear(inputs, weight)
 
     return forward
+
+
+def _precisely(hidden: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """A rotation of the stream in float32, whatever the layers compute in: the reference has none to lose bits in."""
+    import torch
+
+    with torch.autocast("cpu", enabled=False):
+        return hidden.float() @ rotation

@@ -223,7 +223,7 @@ STAGES = (
         prompts=("system",),
         code=(
             *METHODS, "pipeline.exact_files", "pipeline.export", "pipeline.student_files", "pipeline.replays", "pipeline.merge", "pipeline.qlora", *LEVERS, *ROUNDING,
-            "pipeline.student", "pipeline.gguf_writer", "pipeline.gguf_lora", "pipeline.gguf_vocabulary", "pipeline.imatrix", *GRIDS,
+            "pipeline.student", "pipeline.gguf_writer", "pipeline.gguf_lora", "pipeline.gguf_vocabulary", "pipeline.imatrix", *GRIDS, "pipeline.grids.straight_through",
             "pipeline.quantize", "pipeline.bundle", "pipeline.parity", "pipeline.rows", "pipeline.verify",
             "pipeline.wording", "pipeline.unpack", "pipeline.token_rows", "rag.reflection", "rag.verdicts",
             "serve.engine", "serve.llama", "serve.llama_model", "domains.words", "domains.checks",

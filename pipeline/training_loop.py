@@ -50,6 +50,7 @@ Objective = Callable[[Pack, torch.Tensor, torch.Tensor], torch.Tensor]
 class Trainer:
     """The loop. ``weights`` are the adapter's parameters by name.
 
+    ``fingerprint`` says what is trained, so that a checkpoint of something else is not taken up; empty, none is kept.
     ``objective`` gives another loss than cross-entropy; validation is always by cross-entropy.
     """
 
@@ -123,6 +124,14 @@ class Trainer:
 
     def fit(self, progress: Progress, *, checkpoint_steps: int) -> State:
         """Train to the end, from the checkpoint if there is one of these very rows and settings."""
+        try:
+            return self._fit(progress, checkpoint_steps=checkpoint_steps)
+        finally:
+            if self.below:
+                self.below.close()
+                self.below = None
+
+    def _fit(self, progress: Progress, *, checkpoint_steps: int) -> State:
         path = self.folder / "checkpoint.safetensors"
         state = self._begin(path, progress)
         progress.start("train", self.total)
@@ -135,19 +144,17 @@ class Trainer:
                 self._step(state, steps[place], pool)
                 if place == len(steps) - 1 and self.validation:
                     self._note(state, {"step": state.step, "validation_loss": self._validate()})
-                if state.step % checkpoint_steps == 0 or state.step == self.total:
+                due = state.step % checkpoint_steps == 0 or state.step == self.total
+                if due and self.fingerprint:
                     save_checkpoint(path, state, self.weights, self.optimizer)
                 progress.advance()
-        if self.below:
-            self.below.close()
-            self.below = None
         self.adapted.eval()
         return state
 
     def _begin(self, path: Path, progress: Progress) -> State:
         found = read_state(path)
         torch.manual_seed(self.settings.seed)
-        if found is not None and found.fingerprint == self.fingerprint:
+        if found is not None and self.fingerprint and found.fingerprint == self.fingerprint:
             restore(path, found, self.weights, self.optimizer)
             progress.say(f"going on after step {found.step} of {self.total}")
             state = found

@@ -140,6 +140,9 @@ def test_a_rotation_ships_only_beyond_noise() -> None:
     certain = fake("r1r2-gptq-q4_0", kl=0.005, speed=500)
     assert choose([plain, noisy], max_kl=0.02, min_top1=0.9).winner is plain
     assert choose([plain, certain], max_kl=0.02, min_top1=0.9).winner is certain
+    # Where nothing is near enough, too.
+    assert choose([plain, noisy], max_kl=0.001, min_top1=0.9).winner is plain
+    assert choose([plain, certain], max_kl=0.001, min_top1=0.9).winner is certain
 
 
 def test_rotation_is_compared_with_gptq_alone_whatever_the_bounds() -> None:

@@ -20,6 +20,7 @@ from pipeline.run_folder import Finished, Run
 from pipeline.stages import GRIDS, METHODS, NAMES, REFLECTION, STAGES, Stage, fingerprint, is_done, paths_of
 
 PACKAGES = ("pipeline", "rag", "serve", "domains")
+ROOT = Path(__file__).parent.parent
 BY_NAME = {stage.name: stage for stage in STAGES}
 
 # Modules that stages import and whose text is no part of their version, each with the reason.
@@ -266,7 +267,7 @@ def test_what_a_stage_needs_of_another_is_among_its_outputs(domain: Domain, run:
     """Else the advice "run that stage" would be answered by "done before"."""
     needed = []
     for name in NAMES:
-        text = (Path(__file__).parent.parent / "pipeline" / f"{name}.py").read_text(encoding="utf-8")
+        text = (ROOT / "pipeline" / f"{name}.py").read_text(encoding="utf-8")
         for expression, writer in re.findall(r"\bneed\((run\.[^,]+), stage=\"(\w+)\"\)", text):
             attribute, _, file = expression.removeprefix("run.").partition(" / ")
             needed.append((getattr(run, attribute) / file.strip('"'), writer))
@@ -303,9 +304,13 @@ def imports(module: str) -> frozenset[str]:
             visit(child)
 
     visit(source(module))
-    ours = {name for name in found if name.split(".")[0] in PACKAGES and "." in name}
+    ours = {
+        (name, ROOT / name.replace(".", "/"))
+        for name in found
+        if name.split(".")[0] in PACKAGES and "." in name
+    }
     return frozenset(
-        name for name in ours if (Path(__file__).parent.parent / f"{name.replace('.', '/')}.py").exists()
+        name for name, path in ours if path.with_suffix(".py").exists() or (path / "__init__.py").exists()
     )
 
 
@@ -317,7 +322,8 @@ def reached(module: str) -> set[str]:
         if name not in seen:
             seen.add(name)
             todo += imports(name)
-    return seen
+    # A package only hands on what its modules hold: it is followed, and has no version of its own.
+    return {name for name in seen if not (ROOT / name.replace(".", "/")).is_dir()}
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=NAMES)

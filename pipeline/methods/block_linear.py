@@ -50,11 +50,13 @@ class BlockLinear(nn.Module):
     def weight(self) -> torch.Tensor:
         """[out, in] in the arithmetic's type; no gradient goes here."""
         state = (self.a._version, self.b._version, self.enabled)
-        if self._made is None or self._made[0] != state:
-            self._made = None  # the old one goes before the new one is made
+        made = self._made  # once: another thread may set it meanwhile
+        if made is None or made[0] != state:
+            self._made = made = None  # the old one goes before the new one is made
             with _one_thread():
-                self._made = (state, decode(self.blocks()).to(self.b.device, self.dtype))
-        return self._made[1]
+                made = (state, decode(self.blocks()).to(self.b.device, self.dtype))
+            self._made = made
+        return made[1]
 
     def gradients(self, dy: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of ``a`` and ``b``, of ``dy`` [tokens, out]; ``kept`` is `Rule.keep` of the input."""

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from domains.routes import Grid
-from pipeline.grids.blocks import BLOCK, Blocks
+from pipeline.grids.blocks import BLOCK, Blocks, check_scales
 from pipeline.grids.rounding import decode, encode
 
 Gradients = tuple[torch.Tensor, torch.Tensor]
@@ -70,7 +70,9 @@ class Minima:
     def blocks(self, delta: torch.Tensor) -> Blocks:
         """Only the minima differ from the base's."""
         assert self.base.m is not None
-        return replace(self.base, m=(self.base.m.float() + delta / BLOCK).half())
+        m = (self.base.m.float() + delta / BLOCK).half()
+        check_scales(self.base.d, m)
+        return replace(self.base, m=m)
 
     def keep(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, in / 32]: a thirty-second of what LoRA has to keep."""
@@ -102,7 +104,9 @@ class Scales:
 
     def blocks(self, delta: torch.Tensor) -> Blocks:
         """Only the scales differ from the base's."""
-        return replace(self.base, d=(self.base.d.float() * (1 + delta)).half())
+        d = (self.base.d.float() * (1 + delta)).half()
+        check_scales(d)
+        return replace(self.base, d=d)
 
     def keep(self, x: torch.Tensor) -> torch.Tensor:
         """All of it."""
