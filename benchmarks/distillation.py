@@ -503,7 +503,7 @@ def measure_sets(options: argparse.Namespace, work: Path, progress: Progress) ->
             engine=engine,
             work=work,
             sets=options.sets,
-            students=trained_in(work),
+            answering={"untrained": base, **trained_in(work)},
         )
     return {"public": found}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from domains.records import Critique, CritiqueTask, Passage, Question
+from domains.records import Critique, CritiqueTask, Passage
 from domains.words import squash
 from pipeline.critic import Ask
 from pipeline.rows import gold_quotes, may_answer
@@ -61,7 +61,9 @@ def _relevance(ask: Ask) -> tuple[str, str] | None:
 
 def _support(ask: Ask) -> tuple[str, str]:
     assert ask.passage is not None
-    if _is_the_reference(ask.question, ask.output) and gold_quotes(ask.question, [ask.passage]):
+    if squash(ask.output) == squash(neutralise(reference_answer(ask.question))) and gold_quotes(
+        ask.question, [ask.passage]
+    ):
         return "full", "the reference answer, and the quote that decides it"
     return support_by_words(ask.output, ask.passage)
 
@@ -78,11 +80,6 @@ def support_by_words(output: str, passage: Passage) -> tuple[str, str]:
 def _utility(ask: Ask) -> tuple[str, str]:
     share = recall(reference_answer(ask.question), ask.output) if ask.question.answer else 0.0
     return str(1 + round(4 * share)), f"{share:.0%} of the reference's words"
-
-
-def _is_the_reference(question: Question, output: str) -> bool:
-    """Whether the sentence stands in the reference, word for word (yes, a letter, and its sentences do)."""
-    return bool(question.answer) and squash(output) in squash(neutralise(reference_answer(question)))
 
 
 _JUDGES: dict[CritiqueTask, Callable[[Ask], tuple[str, str] | None]] = {

@@ -12,6 +12,7 @@ from domains.domain import Domain
 from domains.records import Document, Message, Passage
 from pipeline.abstention import Case as Response
 from pipeline.abstention import ask_cases, measure_abstention
+from pipeline.arms import PARALLEL
 from pipeline.progress import Progress
 from pipeline.public_sets import (
     RESAMPLES,
@@ -60,7 +61,7 @@ def measure_public(
     engine: Engine,
     work: Path,
     sets: Container[str] = SETS,
-    students: Mapping[str, Path] = {},
+    answering: Mapping[str, Path] = {},
 ) -> dict[str, Any]:
     """Options, yes/no, support and retrieval, each where its folder is in ``data``.
 
@@ -73,7 +74,7 @@ def measure_public(
         engine: the model that scores, untrained.
         work: a folder for indexes.
         sets: which of `SETS`.
-        students: GGUF files of trained students by name; they answer K-QA's patients beside ``engine``.
+        answering: GGUF files by name, which answer K-QA's patients.
     """
     asked = ASKED if quick else _EVERYTHING
     embedder = MiniLMEmbedder()
@@ -113,11 +114,9 @@ def measure_public(
     folder = data / "kqa"
     if "kqa_answers" in sets and medical is not None and not quick and _has(folder, f"{split}.jsonl"):
         progress.say("public: kqa_answers")
-        result["kqa_answers"] = {
-            "untrained": answer_patients(folder, medical, progress, split=split, engine=engine, work=work)
-        }
-        for name, path in students.items():
-            with Engine(path, context=medical.config.student.context, parallel=1) as student:
+        result["kqa_answers"] = {}
+        for name, path in answering.items():
+            with Engine(path, context=medical.config.student.context, parallel=PARALLEL) as student:
                 result["kqa_answers"][name] = answer_patients(
                     folder, medical, progress, split=split, engine=student, work=work
                 )

@@ -21,6 +21,8 @@ from rag.citations import coverage
 from serve.assistant import Assistant, Retrieves
 from serve.engine import Engine
 
+_AT_ONCE = 32
+
 
 @dataclass(frozen=True)
 class Consultation:
@@ -84,10 +86,11 @@ def measure_consultations(
             top_k=config.retrieve.top_k, max_tokens=config.serve.max_tokens, unsupported="keep",
         )  # fmt: skip
         progress.start(f"kqa: {name}", len(rows))
-        texts = []
-        for row in rows:
-            texts.append(assistant.ask(row.question).text)
-            progress.advance()
+        texts: list[str] = []
+        for begin in range(0, len(rows), _AT_ONCE):
+            asked_now = [assistant.prepare(row.question) for row in rows[begin : begin + _AT_ONCE]]
+            texts += [answer.text for answer in assistant.ask_many(asked_now)]
+            progress.advance(len(asked_now))
         silent = [is_abstention(text, abstain=config.domain.abstain) for text in texts]
         found = [completeness(text, row.must_have) for text, row in zip(texts, rows, strict=True)]
         result[name] = {**accuracy(found), "abstained": round(sum(silent) / len(silent), 4)}

@@ -48,6 +48,20 @@ def closed_form(question: str) -> dict[str, str] | Literal["yes_no"] | None:
     return options if len(options) >= 2 and last == _INSTRUCTION["options"] else None
 
 
+def stem_of(question: str) -> str:
+    """What passages are looked for: a closed question's text without its options and the form of its answer.
+
+    An open question is its own stem.
+    """
+    form = closed_form(question)
+    if form is None:
+        return question
+    if form == "yes_no":
+        return question.rstrip().rpartition("\n")[0].strip()
+    letter, text = next(iter(form.items()))
+    return question.partition(f"\n{letter}. {text}")[0].strip()
+
+
 def student_messages(system: str, question: str, passages: Sequence[Passage]) -> list[Message]:
     """The chat that the student sees. Passages are numbered from [1] in the order given.
 

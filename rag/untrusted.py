@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 
-# Llama 3's <|eot_id|>, SmolLM2's <|im_end|>, <file_sep> and <issue_start>, Llama 2's </s>, …
-_CONTROL = re.compile(r"<(/?\|?[A-Za-z0-9_]{1,64}\|?)>")
+# Llama 3's <|eot_id|>, SmolLM2's <|im_end|>, <file_sep> and <issue_start>, Llama 2's </s> and [INST], DeepSeek's
+# <｜end▁of▁sentence｜>, …
+_CONTROL = re.compile(r"<(/?[|｜]?[A-Za-z0-9_▁-]{1,64}[|｜]?)>")
+_INSTRUCTION = re.compile(r"\[(/?(?:INST|SYS))\]")
 _REFLECTION = re.compile(
     r"\[\s*(No\s+Retrieval|Retrieval|Continue\s+to\s+Use\s+Evidence|Relevant|Irrelevant|Fully\s+supported"
     r"|Partially\s+supported|No\s+support\s*/\s*Contradictory|Utility\s*:\s*[1-5])\s*\]"
@@ -25,4 +27,4 @@ def disarm(text: str) -> str:
 
 def neutralise(text: str) -> str:
     """``text`` with anything that looks like a control or a reflection token taken apart (``< |im_end| >``)."""
-    return _CONTROL.sub(r"< \1 >", disarm(text))
+    return _INSTRUCTION.sub(r"( \1 )", _CONTROL.sub(r"< \1 >", disarm(text)))

@@ -14,7 +14,7 @@ from domains.config import AnswersBy, OnUnsupported
 from domains.errors import ContextOverflow
 from domains.records import Answer, Hit, Message, Reflection
 from rag.answers import one_reply, parse_reply
-from rag.prompt import neutralise, student_messages
+from rag.prompt import neutralise, stem_of, student_messages
 from serve.checking import Checked, check_reply
 from serve.confidence import Calibration
 from serve.engine import Completion, Engine
@@ -124,7 +124,7 @@ class Assistant:
 
         Args:
             question: as shown to the model, with options if any.
-            query: as given to the retriever; the question itself when None.
+            query: as given to the retriever; when None the question, a closed one without its options.
             history: earlier turns, oldest first (untrusted); they stand before the question, without
                 evidence.
             max_tokens: most tokens of the reply; never more than the assistant's own limit.
@@ -134,7 +134,7 @@ class Assistant:
             ContextOverflow: prompt and reply do not fit; says how many tokens there are and may be.
         """
         limit = min(max_tokens or self._max_tokens, self._max_tokens)
-        query = query or question
+        query = query or stem_of(question)
         shows = self._reflector is None or self._reflector.retrieves_first
         hits = self.find(query, top_k=self.top_k) if shows else []
         dropped = 0
@@ -321,6 +321,7 @@ class Assistant:
             passages=[hit.passage for hit in asked.hits],
             abstain=self._abstain,
             unsupported=self._unsupported,
+            closed_book=self.retriever is None,
         )
         signals = self._signals(asked, completion, checked, reflection, answer_from) if written else {}
         confidence = None

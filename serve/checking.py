@@ -36,27 +36,35 @@ class Checked:
 
 
 def check_reply(
-    text: str, *, question: str, passages: Sequence[Passage], abstain: str, unsupported: OnUnsupported
+    text: str,
+    *,
+    question: str,
+    passages: Sequence[Passage],
+    abstain: str,
+    unsupported: OnUnsupported,
+    closed_book: bool = False,
 ) -> Checked:
     """Check what a model wrote against what it was shown.
 
     Args:
         text: as the model wrote it.
         question: what was asked.
-        passages: what it was shown, [1] first; none for a closed-book answer, which stands unsupported.
+        passages: what it was shown, [1] first; without any, nothing is supported.
         abstain: the domain's abstention.
         unsupported: what becomes of text that no passage supports, see ``[serve]``.
+        closed_book: there are no documents to ask: the answer stands, unsupported.
     """
     reply = parse_reply(one_reply(text))
     citations, rejected = check_quotes(reply.quotes, passages)
     if not reply.answer or is_abstention(reply.answer, abstain=abstain):
         return Checked(abstain, "abstained", rejected=rejected)
-    if passages and unsupported in {"drop", "mark"}:
+    strict = bool(passages) or not closed_book
+    if strict and unsupported in {"drop", "mark"}:
         checked = _by_sentence(reply, question, citations, passages, mark=unsupported == "mark")
     else:
         checked = _as_a_whole(reply, question, citations, passages)
     checked = replace(checked, rejected=rejected)
-    if passages and checked.support == "unsupported" and unsupported in {"drop", "withdraw"}:
+    if strict and checked.support == "unsupported" and unsupported in {"drop", "withdraw"}:
         return replace(checked, text=abstain, statements=[], withheld="unsupported")
     return checked
 

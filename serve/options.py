@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from domains.records import Hit
 from rag.options import choose, statement
-from rag.prompt import closed_form
+from rag.prompt import closed_form, stem_of
 
 _LOOKED_AT = 5  # passages per option, of which the one with the highest BM25 counts
 
@@ -38,7 +38,7 @@ def pick_option(question: str, find: Find, shown: Sequence[Hit]) -> Picked | Non
     options = closed_form(question)
     if not isinstance(options, dict):
         return None
-    stem = _stem(question, options)
+    stem = stem_of(question)
     best: dict[str, Hit] = {}
     for letter, text in options.items():
         hits = find(statement(stem, text), _LOOKED_AT)
@@ -55,12 +55,6 @@ def evidence_first(evidence: Hit, shown: Sequence[Hit]) -> list[Hit]:
     """As many passages as were shown, at least one, the evidence before all others."""
     rest = [hit for hit in shown if hit.passage.passage_id != evidence.passage.passage_id]
     return [evidence, *rest][: max(1, len(shown))]
-
-
-def _stem(question: str, options: dict[str, str]) -> str:
-    """The question without its options and the line that asks for a letter."""
-    letter, text = next(iter(options.items()))
-    return question.partition(f"\n{letter}. {text}")[0].strip()
 
 
 def _lexical(hit: Hit) -> float:

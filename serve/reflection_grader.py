@@ -154,7 +154,7 @@ class GraderReflector:
         try:
             case.label = self._judge.support(case.item.question, answer, [hit.passage for hit in case.kept])
         except PreceptorError as error:
-            case.fail(error)
+            case.give_up(error)  # what the answer was written from stays its evidence
             return text
         case.passes += 1
         case.unparsed += case.label is None
@@ -181,10 +181,14 @@ class _Case:
         self.notes: list[str] = []
 
     def fail(self, error: PreceptorError) -> None:
-        """The judge is out: everything counts as relevant, and nothing more is graded."""
-        self.graded = False
+        """The judge is out before the answer is written: everything that was found first counts as relevant."""
         self.kept = list(self.item.hits)
         self.shown = list(self.item.hits)
+        self.give_up(error)
+
+    def give_up(self, error: PreceptorError) -> None:
+        """Nothing more is graded."""
+        self.graded = False
         self.notes.append(f"not graded: {error.what}")
 
     def reflection(self, name: str, *, tokens: int) -> Reflection:

@@ -167,7 +167,9 @@ def read_stretch(
     following = {token: name for name, token in vocabulary.decisions.items()}
     next_decision = None if ended is None else following.get(ended)
     expected = _expected(relevance, has_passage=has_passage, last=next_decision is None)
-    given = {"relevance": relevance, "support": support, "utility": utility}
+    # What stands right behind the passage always has some probability; given is the judgement that was taken.
+    judged_first = bool(taken) and taken[0] in vocabulary.relevance
+    given = {"relevance": relevance if judged_first else None, "support": support, "utility": utility}
     return Stretch(
         parts=Parts(relevance, support, utility, sequence_score([float(value) for value in probs.taken])),
         text=_text(completion.tokens, vocabulary, engine),

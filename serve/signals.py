@@ -103,7 +103,7 @@ def likelihood_of(
     detokenize: Callable[[Sequence[int]], str],
     answer_from: int | None = None,
 ) -> dict[str, float]:
-    """Log-probabilities (natural, per token) of a reply and of the answer in it; zeros where none were recorded.
+    """Log-probabilities (natural, per token) of a reply and of the answer in it; the least there is where none were recorded.
 
     Args:
         completion: generated with ``watch`` set to the abstention's first token.
@@ -114,7 +114,7 @@ def likelihood_of(
     """
     log_probs = completion.log_probs
     if log_probs is None or not len(log_probs.taken):
-        return {**dict.fromkeys(SIGNALS[:4], 0.0), "abstain_log_prob": _LEAST_LOG_PROB}
+        return dict.fromkeys((*SIGNALS[:4], "abstain_log_prob"), _LEAST_LOG_PROB)
     if answer_from is None:
         begin, first, last = _places(completion.tokens, reply, answer, detokenize)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from domains.records import Answer, Message
+from rag.prompt import stem_of
 from rag.words import index_terms, words
 
 _SOURCES = "\n\nSources:\n"
@@ -41,14 +42,15 @@ def without_sources(content: str) -> str:
 
 
 def retrieval_query(question: str, history: list[Message]) -> str:
-    """What to look for: the question; the user's previous question with it where it stands on that.
+    """What to look for: the question, a closed one without its options; the user's previous question with it where it stands on that.
 
     That is when it has fewer than three words that count, begins like a follow-up ("and", "what about"),
     or has a pronoun among its first four words. The model still sees the question as it was asked.
     """
     previous = next((turn.content for turn in reversed(history) if turn.role == "user"), "")
+    question = stem_of(question)
     said = words(question)
     refers = any(tuple(said[: len(lead)]) == lead for lead in _LEADS) or not _REFERRING.isdisjoint(said[:4])
     if previous and (refers or len(set(index_terms(question))) < _SHORT):
-        return f"{previous}\n{question}"
+        return f"{stem_of(previous)}\n{question}"
     return question

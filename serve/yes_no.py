@@ -22,7 +22,7 @@ from domains.records import Hit, Record
 from rag.answers import Reply, format_reply, one_reply, parse_reply
 from rag.citations import check_quotes
 from rag.polarity import NAMES, nearness, polarity, speaks_for
-from rag.prompt import closed_form
+from rag.prompt import closed_form, stem_of
 from rag.words import sentence_spans
 from serve.options import Find, Picked, evidence_first
 
@@ -121,7 +121,7 @@ def pick_yes_no(question: str, find: Find, shown: Sequence[Hit], fitted: FittedY
     """
     if closed_form(question) != "yes_no":
         return None
-    bare = question.rstrip().rpartition("\n")[0].strip()
+    bare = stem_of(question)
     evidence = read_evidence(bare, find)
     if evidence is None:
         return None

@@ -324,7 +324,7 @@ def test_patients_are_answered_by_the_model_and_by_each_student(
         (documents / f"{name}.md").write_text(f"# {name}\n\n{text}\n", encoding="utf-8")
     found = measure_public(
         data, [medical], Silent(), split="dev", quick=False, engine=engine, work=tmp_path / "work",
-        sets=["kqa_answers"], students={"quotes": inference_gguf("smollm2-135m")},
+        sets=["kqa_answers"], answering={"untrained": inference_gguf("smollm2-135m"), "quotes": inference_gguf("smollm2-135m")},
     )  # fmt: skip
     assert found.keys() == {"kqa_answers"}
     answers = found["kqa_answers"]
