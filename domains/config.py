@@ -334,8 +334,8 @@ class ServeSection(Record):
     """Serving.
 
     ``unsupported``, what becomes of text that no passage supports: ``withdraw`` a whole answer without
-    support (it becomes the abstention), ``drop`` every sentence without, ``mark`` it, or ``keep`` it. What a reflecting
-    student says without any passage has none: only ``mark`` and ``keep`` show it.
+    support (it becomes the abstention), ``drop`` every sentence without, ``mark`` it, or ``keep`` it. An answer that a
+    ``[reflect]`` back-end lets the student give without any passage is shown whatever this says, and told as unsupported.
     ``max_wrong`` is the share of given answers that may be wrong: the assistant abstains where it is not
     sure enough for that (0: as sure or unsure as it is).
     ``kv_cache``: how keys and values of the context are kept. The quantized ones take 0.53 and 0.28 of the memory; before

@@ -321,7 +321,8 @@ class Assistant:
             passages=[hit.passage for hit in asked.hits],
             abstain=self._abstain,
             unsupported=self._unsupported,
-            closed_book=self.retriever is None,
+            closed_book=self.retriever is None
+            or reflection is not None,  # a back-end decides what may stand alone
         )
         signals = self._signals(asked, completion, checked, reflection, answer_from) if written else {}
         confidence = None

@@ -52,7 +52,7 @@ def check_reply(
         passages: what it was shown, [1] first; without any, nothing is supported.
         abstain: the domain's abstention.
         unsupported: what becomes of text that no passage supports, see ``[serve]``.
-        closed_book: there are no documents to ask: the answer stands, unsupported.
+        closed_book: an answer without any passage may stand, unsupported: there are no documents, or `serve.reflection` let it.
     """
     reply = parse_reply(one_reply(text))
     citations, rejected = check_quotes(reply.quotes, passages)

@@ -108,24 +108,23 @@ class LongForm:
         """How a hypothesis goes on: one way per passage found for it, or one without."""
         decision = hypothesis.wants or "no_retrieval"
         ids = self._vocabulary.decisions
-        ways: list[Opening] = []
+        made: list[tuple[Opening, list[int]]] = []
         if decision == "retrieve":
             last = parse_reply(hypothesis.steps[-1].stretch.text).answer if hypothesis.steps else ""
-            hits = self._ground.find(f"{item.query} {last}".strip(), top_k=self._settings.passages)
-            tally.found = tally.found or bool(hits)
-            for hit in hits:
+            for hit in self._ground.find(f"{item.query} {last}".strip(), top_k=self._settings.passages):
                 tokens = tuple(self._reflector.opening(hit, self._ground.engine))
-                ways.append(Opening(decision, tokens, (ids["continue"],), hit))
-            decision = "no_retrieval"  # where nothing is found
-        if not ways:
-            ways = [Opening(decision, (ids[decision],), (ids[decision],))]
-        made = []
-        for opening in ways:
-            prompt = self._fitted(item, hypothesis, opening, tally)
-            if prompt is None:
-                tally.notes.add("a passage does not fit into the context")
-            else:
-                made.append((opening, prompt))
+                opening = Opening(decision, tokens, (ids["continue"],), hit)
+                prompt = self._fitted(item, hypothesis, opening, tally)
+                if prompt is None:
+                    tally.notes.add("a passage does not fit into the context")
+                else:
+                    made.append((opening, prompt))
+            tally.found = tally.found or bool(made)
+            decision = "no_retrieval"  # where nothing is found, or nothing fits: as in the short form
+        if not made:
+            bare = Opening(decision, (ids[decision],), (ids[decision],))
+            prompt = self._fitted(item, hypothesis, bare, tally)
+            made = [] if prompt is None else [(bare, prompt)]
         return made
 
     def _fitted(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from domains.config import OnUnsupported
 from domains.errors import ContextOverflow
 from domains.records import Answer, Message
 from tests.small_serving import ABSTAIN, TEXTS, scripted_assistant
@@ -62,6 +63,17 @@ def test_without_a_retriever_an_answer_stands_unsupported() -> None:
     answer = assistant.ask("What is the dose?")
     assert (answer.text, answer.support, answer.passages) == ("40 mg.", "unsupported", [])
     assert "Passages:" not in engine.prompts[0]
+
+
+@pytest.mark.parametrize("unsupported", ["withdraw", "drop", "mark", "keep"])
+def test_where_nothing_is_found_nothing_is_supported(unsupported: OnUnsupported) -> None:
+    assistant, _, retriever = scripted_assistant("Answer: 800 mg.", "Brenzal", unsupported=unsupported)
+    retriever.names = ()
+    answer = assistant.ask("What is the dose?")
+    shown = {"withdraw": ABSTAIN, "drop": ABSTAIN, "keep": "800 mg."}
+    assert answer.support == "unsupported"
+    assert answer.text == shown.get(unsupported, answer.text)
+    assert (answer.text == "800 mg.") is (unsupported == "keep")
 
 
 def test_control_tokens_of_questions_passages_and_history_are_taken_apart() -> None:

@@ -59,6 +59,8 @@ def test_only_a_question_that_leans_on_the_last_one_is_looked_up_with_it(questio
     expected = f"Brenzal dose?\n{question}" if leans else question
     assert retrieval_query(question, history) == expected
     assert retrieval_query(question, []) == question
+    closed = f"{question}\nAnswer yes, no or maybe."
+    assert retrieval_query(closed, history) == expected
 
 
 def test_old_turns_are_dropped_with_a_word_and_a_question_is_never_cut() -> None:

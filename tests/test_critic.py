@@ -129,6 +129,9 @@ def test_rules_know_gold_quotes_overlap_and_unanswerable_questions() -> None:
         "none",
     ]
     assert labels([ask("issup", "Colchicine does not treat gout within hours.", HOLDS)]) == ["none"]
+    longer = QUESTION.model_copy(update={"answer": f"{answer} Bananas are yellow."})
+    one_by_one = [Ask("issup", longer, HOLDS, "", text) for text in (answer, "Bananas are yellow.")]
+    assert labels(one_by_one) == ["full", "none"]  # the passage's quote decides one sentence of the two
     assert labels([ask("isuse", answer), ask("isuse", "I like cheese.")]) == ["5", "1"]
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from domains.errors import ModelError
 from domains.records import Message, Passage, Question
-from rag.prompt import neutralise, render_chat, render_question, student_messages
+from rag.prompt import neutralise, render_chat, render_question, stem_of, student_messages
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
@@ -46,8 +46,33 @@ def test_options_and_form_of_the_answer_are_shown() -> None:
 
 
 @pytest.mark.parametrize(
+    ("asked", "stem"),
+    [
+        ("Which?\nA. x\nB. y\nAnswer with the letter of the right option.", "Which?"),
+        ("Is it cold?\nAnswer yes, no or maybe.\n", "Is it cold?"),
+        ("Which?\nA. x\nB. y", "Which?\nA. x\nB. y"),
+        ("Is it cold?", "Is it cold?"),
+    ],
+)
+def test_passages_are_looked_for_by_the_stem_as_in_the_exam(asked: str, stem: str) -> None:
+    assert stem_of(asked) == stem
+
+
+@pytest.mark.parametrize(
     "attack",
-    ["<|im_end|>", "<|im_start|>system", "<|eot_id|>", "</s>", "<s>", "<file_sep>", "<|start_header_id|>"],
+    [
+        "<|im_end|>",
+        "<|im_start|>system",
+        "<|eot_id|>",
+        "</s>",
+        "<s>",
+        "<file_sep>",
+        "<|start_header_id|>",
+        "<｜end▁of▁sentence｜>",
+        "<|reserved-special-token|>",
+        "[INST]",
+        "[/INST]",
+    ],
 )
 def test_control_tokens_in_documents_and_questions_are_taken_apart(attack: str) -> None:
     attacked = render_chat(

@@ -201,6 +201,23 @@ def test_of_the_second_look_as_many_are_shown_as_fit() -> None:
     assert (alone.text, alone.evidence) == (ABSTAIN, [])
 
 
+def test_a_judge_that_fails_at_the_end_takes_no_evidence_away() -> None:
+    """What the second look found and the student quoted stays quoted."""
+
+    class FailsAtTheEnd(ScriptedJudge):
+        def support(self, question: str, answer: str, passages: Sequence[Passage]) -> Label | None:
+            raise JudgeError("the judge is gone", expected="an answer", next_step="try again")
+
+    reply = f'"{DOSE}" [1]\nAnswer: 40 mg once a day.'
+    judge = FailsAtTheEnd(["Brenzal"], rewrite="hay fever tablet")
+    assistant, _, _ = assistant_of(reply, grader(judge), retriever=TwoShelves())
+    answer = assistant.ask("What is the dose?")
+    assert (answer.text, answer.support) == ("40 mg once a day.", "supported")
+    assert [citation.quote for citation in answer.citations] == [DOSE]
+    assert answer.reflection is not None
+    assert "not graded: the judge is gone" in answer.reflection.notes
+
+
 def test_without_a_relevant_passage_the_domain_may_let_it_answer_alone() -> None:
     assistant, engine, _ = assistant_of(
         "Answer: Forty.", grader(ScriptedJudge([]), distracting="answer"), "Corvane"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -263,6 +263,21 @@ def test_passages_that_do_not_fit_are_left_out_and_said() -> None:
     assert [hit.passage.title for hit in answer.passages] == [names[0]]
     assert answer.reflection is not None
     assert answer.reflection.notes == ["1 passages do not fit into the context"]
+
+
+@pytest.mark.parametrize("form", ["short", "long"])
+def test_where_no_passage_fits_both_forms_answer_without_one_and_say_so(
+    form: Literal["short", "long"],
+) -> None:
+    too_long = FixedRetriever("Corvane")
+    too_long.retrieve = lambda query, *, top_k: [Hit(passage=passage("Corvane", "x" * 900), score=1)]  # type: ignore[method-assign]
+    script = short({"": "Memory." + FIVE})
+    assistant, _, _ = assistant_of(script, retriever=too_long, context=700, max_tokens=100, form=form)
+    answer = assistant.ask("Why?")
+    assert (answer.text, answer.support, answer.passages) == ("Memory.", "unsupported", [])
+    assert answer.reflection is not None
+    assert not answer.reflection.retrieved
+    assert "fit into the context" in answer.reflection.notes[0]
 
 
 def test_many_questions_share_their_passes_and_come_back_in_order() -> None:
@@ -569,7 +584,8 @@ def test_what_the_student_merely_spells_stays_text() -> None:
         Completion("", tokens, 1, "length", log_probs), vocabulary, engine, has_passage=True
     )
     assert stretch.text == "[Fully supported] yes [Utility:5]"
-    assert stretch.missing == ("support", "utility")
+    assert stretch.parts.relevance is not None  # some probability stands behind every passage …
+    assert stretch.missing == ("relevance", "support", "utility")  # … but nothing was judged
 
 
 def test_what_was_weighed_and_dropped_never_leaves_the_server() -> None:
