@@ -10,8 +10,8 @@ exactness   each [train] method trains a few rows; the file's blocks are compare
             them the usual way: a QLoRA adapter merged into the unquantized base, then Q4_K_M.
 candidates  files of one student, compared with it in full precision: `default` is the default model, fine-tuned
             (untouched, its weights lie on the Q4_1 grid); `k-capable` the default model cut to widths that K-quants
-            divide (SliceGPT's way), then trained here with all of its weights. Both have the same table; with --quick
-            the second is not retrained. Rotations learned on the cross-entropy: --only learned-ce-gptq-q4_0.
+            divide (SliceGPT's way), then trained here with all of its weights. Both have the same table; --quick
+            leaves out what takes longest (retraining, learned rotations, GPTQ alone of the second). Rotations learned on the cross-entropy: --only learned-ce-gptq-q4_0.
 
 Texts: wikitext articles where ``--data`` has them (folder ``wikitext2_test``) and documents of the exam split, none of
 them used in training or calibration. The exam: questions of the exam split with their gold passages.
@@ -81,10 +81,10 @@ ROUTES: tuple[tuple[str, Grid | None], ...] = (
 NOT_QUICK = {
     "default": {
         "rtn-q4_0", "mse-q4_0", "gptq-q4_1", "r2-gptq-q4_0", "learned-gptq-q4_0", "learned-kl-gptq-q4_0", "tuned-gptq-q4_0",
-        "qalora-q4_1", "qalora-q4_0",
+        "llamacpp-q8_0", "qat-q4_0", "qalora-q4_1", "qalora-q4_0",
     },
     "k-capable": {
-        "llamacpp-q8_0", "rtn-q4_0", "mse-q4_0", "gptq-q4_1", "r2-gptq-q4_0", "learned-gptq-q4_0", "learned-kl-gptq-q4_0",
+        "llamacpp-q8_0", "rtn-q4_0", "mse-q4_0", "gptq-q4_0", "gptq-q4_1", "r2-gptq-q4_0", "learned-gptq-q4_0", "learned-kl-gptq-q4_0",
         "tuned-gptq-q4_0", "qat-q4_0", "qalora-q4_1", "qalora-q4_0",
     },
 }  # fmt: skip
@@ -109,7 +109,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    rows=24, epochs=2, exact_rows=8, length=512, calibration=24, texts=4, exam=4, learning_steps=16, heal_steps=20,
+    rows=16, epochs=2, exact_rows=8, length=512, calibration=24, texts=4, exam=4, learning_steps=16, heal_steps=20,
     heal_batch=2, prompt_rounds=5,
 )  # fmt: skip
 FULL = Sizes(

@@ -9,8 +9,9 @@ assistant that serves:
     kard_reranked    the same student, passages ordered by the reranker
     kard_oracle      the same student, with the passages that hold the gold quotes
     kard_voted       the same student, several replies and a vote
-    kard_abstaining  KARD's rows as the product makes them ([curate] evidence = "rationale", rationale_in_target), so
-                     with abstentions, which the rows of ``kard`` lack
+    kard_abstaining  KARD's rows as the product makes them ([curate] evidence = "rationale", rationale_in_target): with
+                     abstentions, with quotes before the rationale, and with the teacher's passages where retrieval
+                     finds none that answers, all of which the rows of ``kard`` lack
     quotes           the rows that the product trains on                 asked with hybrid retrieval
     text, tokens     the same rationales as SAIL's and Self-RAG's rows, judged while answering
     tokens_fitted    the same student, threshold and weights fitted on seed questions

@@ -117,7 +117,6 @@ def _overlaps(ask: Ask) -> list[float]:
         *_supported(output, ask.passage),
         float(np.log1p(len(said))),
         float(np.log1p(len(shown))),
-        float(ask.question.kind == "unanswerable"),
     ]
 
 

@@ -147,7 +147,9 @@ def heal(
     """Train all weights of a network on windows of one length, in place; returns the loss of every step."""
     import torch
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.1, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, weight_decay=0.1, betas=(0.9, 0.95), fused=True
+    )
     losses = []
     model.train()
     for step, ids in enumerate(_batches(texts, steps, batch)):
