@@ -47,6 +47,10 @@ FEW = (
     "Few rows: the student will learn little. Commonest rejection: {}. "
     "More questions, more samples or a stronger teacher give more."
 )
+ONE_SEGMENT = (
+    "No row goes on after its first segment: the answers have one sentence each. The student will not learn to "
+    'look again in mid-answer, as [reflect] form = "long" lets it. Longer answers in questions.jsonl teach it.'
+)
 HINTS = {
     "verifier": 'use a stronger [curate] verifier_gguf, or verifier = "rules"',
     "teacher_answer": 'use a stronger teacher: [teacher] kind = "endpoint", see docs/configuration.md',
@@ -158,6 +162,8 @@ def _reflecting(
             irrelevant_share=config.curate.irrelevant_share,
             abstention_share=config.curate.abstention_share,
         )
+    if config.reflect.form == "long" and not counts.get("rows_of_several_segments", 1):
+        progress.say(ONE_SEGMENT)
     with disk_errors(run.folder):
         write_jsonl(run.critiques, labels)
     given = Counter(f"{label.task}: {label.label}, by {label.teacher}" for label in labels)

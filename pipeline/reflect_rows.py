@@ -10,6 +10,8 @@ vouches for its documents abstains.
 General instructions need no document: what the critic says so of opens with ``[No Retrieval]``, and the published share
 of them is kept; one that it would look up is left out, as no document of the domain speaks of it.
 
+``rows_of_several_segments`` counts answers that go on after their first: without any the long form is not trained for.
+
 counts   rows = kept + instructions - no_retrieval_left_out - no_sentence_left - continues_nothing
                 - drawn_irrelevant_left_out - general_left_out + irrelevant_extra + unanswerable_rows
 """
@@ -68,6 +70,7 @@ def token_rows(
     answers = [each for each in own if each.segments[0].relevant is not False]
     drawn = [each for each in own if each.segments[0].relevant is False]
     rows = [writer.answer(each, items[each.draft.key]) for each in answers]
+    counts["rows_of_several_segments"] = sum(len(each.segments) > 1 for each in answers)
     room = room_for(len(rows), abstention_share)
     closed = [each for each in general if each.segments[0].decision == "no_retrieval"]
     counts["instructions"] = len(instructions)

@@ -100,6 +100,7 @@ def test_a_token_row_asks_without_passages_and_reflects_in_its_answer() -> None:
         + counts["unanswerable_rows"]
     )
     assert counts["retrieved_rows"] == len(kept)
+    assert counts["rows_of_several_segments"] == 0
     texts = {passage.passage_id: passage for passage in passages()}
     for row in rows:
         assert "Passages:" not in row.messages[1].content
@@ -118,6 +119,18 @@ def test_a_token_row_asks_without_passages_and_reflects_in_its_answer() -> None:
                 assert quote in shown.text
     assert {label.task for label in labels} == {"retrieve", "isrel", "issup", "isuse"}
     assert {label.teacher for label in labels} == {NAME}
+
+
+def test_an_answer_of_two_sentences_becomes_two_segments_and_is_counted() -> None:
+    kept = [
+        replace(item, question=item.question.model_copy(update={"answer": f"{item.question.answer} {passage.text}"}))
+        for item, passage in zip(all_kept(), passages(), strict=False)
+        if item.question.kind == "open"
+    ]
+    rows, counts, _ = token_rows(ground(finds_home), kept, [], irrelevant_share=0, abstention_share=0)
+    several = [row for row in rows if sum(row.completion.count(token) for token in RETRIEVE.values()) > 1]
+    assert several
+    assert counts["rows_of_several_segments"] == len(several)
 
 
 def test_where_only_irrelevant_passages_are_found_the_row_abstains_up_to_the_share() -> None:
