@@ -76,16 +76,35 @@ PAIRS = (
     *(("rationales", "answers"), ("kard", "rationales"), ("kard_reranked", "kard"), ("kard_oracle", "kard")),
     *(("kard_voted", "kard"), ("quotes", "kard"), ("quotes_reranked", "quotes"), ("grader", "quotes")),
     *(("text", "quotes"), ("tokens", "quotes"), ("kard_abstaining", "quotes"), ("kard_abstaining", "kard")),
-    *(("tokens_fitted", "tokens"), ("tokens_long", "tokens")),
+    *(
+        ("tokens_fitted", "tokens"),
+        ("tokens_long", "tokens"),
+        ("explained", "tokens"),
+        ("explained_long", "explained"),
+    ),
 )
 # Whose student an arm asks; base_rag asks the untrained model.
 STUDENT_OF = {
-    **{name: name for name in ("answers", "rationales", "kard", "quotes", *BACKENDS, "kard_abstaining")},
+    **{
+        name: name
+        for name in ("answers", "rationales", "kard", "quotes", *BACKENDS, "kard_abstaining", "explained")
+    },
     **dict.fromkeys(("kard_reranked", "kard_oracle", "kard_voted"), "kard"),
     **dict.fromkeys(("grader", "quotes_reranked"), "quotes"),
     **dict.fromkeys(("tokens_fitted", "tokens_long"), "tokens"),
+    "explained_long": "explained",
 }
-NOT_QUICK_ARMS = {"quotes_reranked", "kard_abstaining", "kard_voted", "tokens_fitted", "tokens_long"}
+NOT_QUICK_ARMS = {
+    *(
+        "quotes_reranked",
+        "kard_abstaining",
+        "kard_voted",
+        "tokens_fitted",
+        "tokens_long",
+        "explained",
+        "explained_long",
+    ),
+}
 SWEEP_N, SWEEP_K, SWEEP_SHARE = 3, (1, 5), (0.0, 1.0)  # beside the options' own
 VOTES = 5  # replies a question in the arm kard_voted
 FIT_QUESTIONS = 80  # of the seed split and of the instructions, for threshold and weights of tokens_fitted
@@ -223,6 +242,7 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
         variants: dict[str, dict[str, Any]] = {
             **{name: {"reflect": reflecting(domain, name)} for name in BACKENDS},
             "kard_abstaining": {"curate": abstaining},
+            "explained": {"reflect": reflecting(domain, "tokens").model_copy(update={"drafts": "explained"})},
         }
         varied: dict[str, list[Example]] = {}
         for name, sections in variants.items():
@@ -232,7 +252,8 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
             rows_of[name] = len(rows)
             progress.say(f"student {name!r}: {len(rows)} rows")
             students[name] = train(
-                domain, rows, work / "students" / name, progress, title=f"{domain.name} {name}", tokens=name == "tokens"
+                domain, rows, work / "students" / name, progress, title=f"{domain.name} {name}",
+                tokens=name in {"tokens", "explained"},
             )  # fmt: skip
         ways: dict[str, dict[str, Any]] = {
             **{name: {"with_passages": False} for name in ("answers", "rationales")},
@@ -240,7 +261,11 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
             **{name: {"reflect": reflecting(domain, name)} for name in ("grader", *BACKENDS)},
             "kard_oracle": {"retriever": ablation.Oracle(questions, index.passages, hybrid)},
             "kard_voted": {"votes": Votes(VOTES)},
-            "tokens_long": {"reflect": reflecting(domain, "tokens").model_copy(update={"form": "long"})},
+            "explained": {"reflect": reflecting(domain, "tokens")},
+            **dict.fromkeys(
+                ("tokens_long", "explained_long"),
+                {"reflect": reflecting(domain, "tokens").model_copy(update={"form": "long"})},
+            ),
         }
         fit: dict[str, Any] = {}
         if "tokens_fitted" in options.arms:

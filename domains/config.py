@@ -131,7 +131,9 @@ class ReflectSection(Record):
 
     ``backend``: ``tokens`` (reflection tokens), ``text`` (SAIL's plain verdicts), ``grader`` (an external
     judge) or ``none``. The shares are the augmentation's published sampling: how many rows without
-    retrieval are kept, how often a partly supported passage is taken, and one without support. ``critic`` labels
+    retrieval are kept, how often a partly supported passage is taken, and one without support. ``drafts``, what becomes
+    segments of the ``tokens`` back-end: the reference ``answer``, or the answer ``explained``: behind it the teacher's rationale, sentence
+    by sentence. Where answers have one sentence, the long form needs the second. ``critic`` labels
     the training rows: the ``teacher``; ``rules`` (word overlap and gold quotes, a stand-in); ``trained``, a
     small classifier that learns from the teacher's labels of ``critic_sample`` rows (a quarter of them ``instructions``,
     where there are any) and labels the others;
@@ -149,6 +151,7 @@ class ReflectSection(Record):
 
     backend: Literal["none", "text", "tokens", "grader"] = "none"
     instructions: str = ""
+    drafts: Literal["answer", "explained"] = "answer"
     passages: Count = 5
     no_retrieval_share: Share = 0.4
     partial_share: Share = 0.7

@@ -16,6 +16,7 @@ assistant that serves:
     text, tokens     the same rationales as SAIL's and Self-RAG's rows, judged while answering
     tokens_fitted    the same student, threshold and weights fitted on seed questions
     tokens_long      the same student, a beam over segments
+    explained, explained_long    the same of a student whose rows go on: the answer, then its rationale, a segment each sentence
     grader           the student of ``quotes`` with the rules that judge passages
     base_rag         no training                                         asked with hybrid retrieval
 

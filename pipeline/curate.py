@@ -49,7 +49,7 @@ FEW = (
 )
 ONE_SEGMENT = (
     "No row goes on after its first segment: the answers have one sentence each. The student will not learn to "
-    'look again in mid-answer, as [reflect] form = "long" lets it. Longer answers in questions.jsonl teach it.'
+    'look again in mid-answer, as [reflect] form = "long" lets it. Longer answers teach it, or [reflect] drafts = "explained".'
 )
 HINTS = {
     "verifier": 'use a stronger [curate] verifier_gguf, or verifier = "rules"',
@@ -154,7 +154,8 @@ def _reflecting(
         )
         build = verdict_rows
         if config.reflect.backend == "tokens":
-            build = partial(token_rows, instructions=general)
+            explained = config.reflect.drafts == "explained"
+            build = partial(token_rows, instructions=general, explained=explained)
         rows, counts, labels = build(
             ground,
             kept,

@@ -1,6 +1,7 @@
 """Training rows of the ``tokens`` back-end: Self-RAG's segments (arXiv 2310.11511 §3.2).
 
-The prompt is the question alone; the completion retrieves, judges and answers, segment by segment. The first
+The prompt is the question alone; the completion retrieves, judges and answers, segment by segment: the sentences of the
+reference answer, and of the kept rationale behind it where answers are to be explained. The first
 segment's text opens as every reply does, with quotes of its passage and ``Answer:`` (`rag.answers`).
 
 Abstentions are at most a share of all rows, as in `pipeline.rows`. There we differ from the paper: where the passage
@@ -41,6 +42,7 @@ def token_rows(
     *,
     irrelevant_share: float,
     abstention_share: float,
+    explained: bool = False,
 ) -> tuple[list[Example], Counter[str], list[Critique]]:
     """All rows, counts (see the module's docstring), and every label that the critic gave.
 
@@ -51,12 +53,10 @@ def token_rows(
         instructions: that no document is needed for (`Instruction.as_question`).
         irrelevant_share: of the rows, answerable questions with passages beside the point.
         abstention_share: the most rows that abstain.
+        explained: whether the rationale follows the answer.
     """
     items = {f"{item.question.id}\0{item.rationale.sample}": item for item in kept}
-    drafts = [
-        Draft(key, item.question, split_answer(neutralise(reference_answer(item.question))))
-        for key, item in items.items()
-    ]
+    drafts = [Draft(key, item.question, _sentences(item, explained=explained)) for key, item in items.items()]
     drafts += [
         Draft(f"general\0{question.id}", question, split_answer(neutralise(reference_answer(question))))
         for question in instructions
@@ -93,6 +93,16 @@ def token_rows(
     )
     counts.update(f"{row.origin}_rows" for row in rows)
     return rows, counts, labels
+
+
+def _sentences(item: Kept, *, explained: bool) -> list[str]:
+    """What is said to a question, the answer first; a rationale's sentence that only repeats it is left out."""
+    answer = split_answer(neutralise(reference_answer(item.question)))
+    if not explained:
+        return answer
+    said = " ".join(squash(sentence) for sentence in answer)
+    more = split_answer(neutralise(squash(prose(item.rationale.text))))
+    return [*answer, *(sentence for sentence in more if squash(sentence) not in said)]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from pipeline.reflect_rows import token_rows
 from pipeline.rows import Kept, gold_quotes
 from pipeline.run_folder import Run
 from pipeline.verdict_rows import draw_passages, verdict_rows
-from rag.answers import is_abstention, parse_reply
+from rag.answers import is_abstention, parse_reply, reference_answer
 from rag.reflection import RELEVANCE, RETRIEVE, SUPPORT, TOKENS, UTILITY
 from rag.verdicts import split_verdict
 from tests.openai_server import Act, Call, OpenAIServer
@@ -123,7 +123,10 @@ def test_a_token_row_asks_without_passages_and_reflects_in_its_answer() -> None:
 
 def test_an_answer_of_two_sentences_becomes_two_segments_and_is_counted() -> None:
     kept = [
-        replace(item, question=item.question.model_copy(update={"answer": f"{item.question.answer} {passage.text}"}))
+        replace(
+            item,
+            question=item.question.model_copy(update={"answer": f"{item.question.answer} {passage.text}"}),
+        )
         for item, passage in zip(all_kept(), passages(), strict=False)
         if item.question.kind == "open"
     ]
@@ -131,6 +134,24 @@ def test_an_answer_of_two_sentences_becomes_two_segments_and_is_counted() -> Non
     several = [row for row in rows if sum(row.completion.count(token) for token in RETRIEVE.values()) > 1]
     assert several
     assert counts["rows_of_several_segments"] == len(several)
+
+
+def test_an_explained_answer_goes_on_with_its_rationale_sentence_by_sentence() -> None:
+    kept = all_kept()
+    rows, counts, _ = token_rows(
+        ground(finds_home), kept, [], irrelevant_share=0, abstention_share=0, explained=True
+    )
+    assert counts["rows_of_several_segments"] > 0
+    by_question = {row.question_id: row for row in rows}
+    for item in kept:
+        text = plain(by_question[item.question.id].completion)
+        first = reference_answer(item.question)
+        assert parse_reply(text).answer.startswith(first.rstrip("."))
+    continued = [row for row in rows if RETRIEVE["continue"] in row.completion]
+    assert continued, "where the evidence at hand has a sentence's words, the student goes on with it"
+    for row in rows:
+        for begin, end in row.unsupervised:  # passages alone
+            assert not any(token in row.completion[begin:end] for token in TOKENS)
 
 
 def test_where_only_irrelevant_passages_are_found_the_row_abstains_up_to_the_share() -> None:
