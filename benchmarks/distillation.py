@@ -255,6 +255,7 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
                 domain, rows, work / "students" / name, progress, title=f"{domain.name} {name}",
                 tokens=name in {"tokens", "explained"},
             )  # fmt: skip
+        long = reflecting(domain, "tokens").model_copy(update={"form": "long"})
         ways: dict[str, dict[str, Any]] = {
             **{name: {"with_passages": False} for name in ("answers", "rationales")},
             **{name: {"retriever": reranked} for name in ("kard_reranked", "quotes_reranked")},
@@ -262,10 +263,7 @@ def measure_students(options: argparse.Namespace, work: Path, progress: Progress
             "kard_oracle": {"retriever": ablation.Oracle(questions, index.passages, hybrid)},
             "kard_voted": {"votes": Votes(VOTES)},
             "explained": {"reflect": reflecting(domain, "tokens")},
-            **dict.fromkeys(
-                ("tokens_long", "explained_long"),
-                {"reflect": reflecting(domain, "tokens").model_copy(update={"form": "long"})},
-            ),
+            **{name: {"reflect": long} for name in ("tokens_long", "explained_long")},
         }
         fit: dict[str, Any] = {}
         if "tokens_fitted" in options.arms:
