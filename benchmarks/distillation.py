@@ -79,7 +79,7 @@ PAIRS = (
     *(
         ("tokens_fitted", "tokens"),
         ("tokens_long", "tokens"),
-        ("explained", "tokens"),
+        ("explained", "quotes"),
         ("explained_long", "explained"),
     ),
 )
@@ -95,16 +95,8 @@ STUDENT_OF = {
     "explained_long": "explained",
 }
 NOT_QUICK_ARMS = {
-    *(
-        "quotes_reranked",
-        "kard_abstaining",
-        "kard_voted",
-        "tokens_fitted",
-        "tokens_long",
-        "explained",
-        "explained_long",
-    ),
-}
+    "quotes_reranked", "kard_abstaining", "kard_voted", "tokens_fitted", "tokens_long", "explained", "explained_long",
+}  # fmt: skip
 SWEEP_N, SWEEP_K, SWEEP_SHARE = 3, (1, 5), (0.0, 1.0)  # beside the options' own
 VOTES = 5  # replies a question in the arm kard_voted
 FIT_QUESTIONS = 80  # of the seed split and of the instructions, for threshold and weights of tokens_fitted
