@@ -48,8 +48,8 @@ FEW = (
     "More questions, more samples or a stronger teacher give more."
 )
 ONE_SEGMENT = (
-    "No row goes on after its first segment: the answers have one sentence each. The student will not learn to "
-    'look again in mid-answer, as [reflect] form = "long" lets it. Longer answers teach it, or [reflect] drafts = "explained".'
+    'No row goes on after its first segment: the answers have one sentence each. For [reflect] form = "long" '
+    'longer answers are needed, or drafts = "explained".'
 )
 HINTS = {
     "verifier": 'use a stronger [curate] verifier_gguf, or verifier = "rules"',
@@ -163,7 +163,7 @@ def _reflecting(
             irrelevant_share=config.curate.irrelevant_share,
             abstention_share=config.curate.abstention_share,
         )
-    if config.reflect.form == "long" and not counts.get("rows_of_several_segments", 1):
+    if not counts.get("rows_of_several_segments", 1):
         progress.say(ONE_SEGMENT)
     with disk_errors(run.folder):
         write_jsonl(run.critiques, labels)

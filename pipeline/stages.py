@@ -172,7 +172,7 @@ STAGES = (
         reads=("questions", "generated", "index", "rationales", "checks", "instructions"),
         writes=("examples", "kept", "rejections"),
         sections=(
-            "domain", "curate", "retrieve", "teacher", "reflect.backend", "reflect.critic", "reflect.critic_sample",
+            "domain", "curate", "retrieve", "teacher", "reflect.backend", "reflect.drafts", "reflect.critic", "reflect.critic_sample",
             "reflect.max_unparsed", "reflect.passages", "reflect.no_retrieval_share", "reflect.partial_share",
             "reflect.unsupported_share", "reflect.seed",
         ),
