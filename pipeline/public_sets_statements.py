@@ -21,7 +21,7 @@ from rag.citations import coverage
 from serve.assistant import Assistant, Retrieves
 from serve.engine import Engine
 
-_AT_ONCE = 32
+_AT_ONCE = 32  # questions between two moves of the bar
 
 
 @dataclass(frozen=True)

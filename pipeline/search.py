@@ -135,7 +135,7 @@ def unseen_passages(
     if rest:
         return (
             rest,
-            "files are compared on passages that no training row shows, of documents that rows are about",
+            "files are compared on passages that no training row shows, of documents that rows may be about",
         )
     return list(passages), "files are compared on passages that training rows show: there are no others"
 

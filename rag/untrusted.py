@@ -11,7 +11,7 @@ import re
 # Llama 3's <|eot_id|>, SmolLM2's <|im_end|>, <file_sep> and <issue_start>, Llama 2's </s> and [INST], DeepSeek's
 # <｜end▁of▁sentence｜>, …
 _CONTROL = re.compile(r"<(/?[|｜]?[A-Za-z0-9_▁-]{1,64}[|｜]?)>")
-_INSTRUCTION = re.compile(r"\[(/?(?:INST|SYS))\]")
+_INSTRUCTION = re.compile(r"\[(/?INST)\]")
 _REFLECTION = re.compile(
     r"\[\s*(No\s+Retrieval|Retrieval|Continue\s+to\s+Use\s+Evidence|Relevant|Irrelevant|Fully\s+supported"
     r"|Partially\s+supported|No\s+support\s*/\s*Contradictory|Utility\s*:\s*[1-5])\s*\]"

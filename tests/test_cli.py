@@ -491,8 +491,15 @@ def test_a_searchs_table_shows_what_untying_costs(monkeypatch: pytest.MonkeyPatc
     }  # fmt: skip
     rotated = {**row, "name": "r1r2-gptq-q4_0", "bytes": 122 * 10**6, "untied_bytes": 30 * 10**6}
     preceptor._print_search(
-        {"candidates": [row, rotated], "winner": "r1r2-gptq-q4_0", "reasons": [], "rotation": ""}
+        {
+            "candidates": [row, rotated],
+            "winner": "r1r2-gptq-q4_0",
+            "reasons": [],
+            "rotation": "",
+            "caveat": "on text",
+        }
     )
+    assert "  on text\n" in paper.getvalue()
     plain, turned = (line.split() for line in paper.getvalue().splitlines() if "gptq-q4_0" in line)
     assert plain[:3] == ["gptq-q4_0", "92", "-"]
     assert turned[:4] == ["*", "r1r2-gptq-q4_0", "122", "30"]

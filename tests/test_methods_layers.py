@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from domains.errors import ModelError
 from pipeline.grids.blocks import BLOCK, Blocks
 from pipeline.grids.rounding import decode, encode
 from pipeline.grids.straight_through import fake_quantize
@@ -148,3 +149,13 @@ def test_arithmetic_in_bfloat16_leaves_blocks_and_adapter_alone() -> None:
 def test_pooled_inputs_are_all_that_is_kept() -> None:
     x = torch.randn(5, WIDTH)
     assert Minima(encode(weight(), "Q4_1")).keep(x).shape == (5, WIDTH // BLOCK)
+
+
+@pytest.mark.parametrize("case", ["minima", "scales", "rounded"])
+def test_what_float16_can_not_hold_is_refused(case: str) -> None:
+    """Else the file would hold an infinity, and the network answer NaN."""
+    rule = CASES[case][0]()
+    delta = torch.zeros(rule.rows, rule.width)
+    delta[0, 0] = 1e9
+    with pytest.raises(ModelError, match="beyond float16's 65504"):
+        rule.blocks(delta)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from test_levers import network, rows
 
-from pipeline import fused_layer
+from domains.errors import StageError
+from pipeline import fused_layer, layer_cache
 from pipeline.completion_loss import completion_loss
 from pipeline.layer_cache import LayerCache
 from pipeline.levers import Levers
@@ -160,3 +161,19 @@ def test_weights_read_back_from_nf4_do_not_stay_in_memory(keep: bool) -> None:
     assert [layer in fused_layer._made for layer in model.model.layers] == [not keep] * len(
         model.model.layers
     )
+
+
+def test_the_file_of_cached_layers_goes_after_an_error_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_cache, "free_memory", lambda: 0)
+    model, adapted = network(layers=1)
+    settings = Settings(
+        rank=4, alpha=8.0, dropout=0.0, learning_rate=float("inf"), warmup_share=0.0, epochs=2, pack_tokens=300,
+        packs_per_step=2, max_grad_norm=1.0, seed=0,
+    )  # fmt: skip
+    trainer = Trainer(adapted, model, rows(), (), settings, tmp_path, "")
+    assert [*tmp_path.glob("frozen_layers.bin")]
+    with pytest.raises(StageError, match="the loss is nan"):
+        trainer.fit(Silent(), checkpoint_steps=100)
+    assert not [*tmp_path.glob("frozen_layers.bin")]

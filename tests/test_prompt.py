@@ -72,6 +72,7 @@ def test_passages_are_looked_for_by_the_stem_as_in_the_exam(asked: str, stem: st
         "<|reserved-special-token|>",
         "[INST]",
         "[/INST]",
+        "<<SYS>>",
     ],
 )
 def test_control_tokens_in_documents_and_questions_are_taken_apart(attack: str) -> None:

@@ -9,6 +9,7 @@ from small_models import LLAMA3_ROPE, small_llama
 
 from domains.errors import ModelError
 from pipeline import cayley as cayley_module
+from pipeline import spin_forward
 from pipeline.cayley import CayleyDescent, cayley, orthogonality_error
 from pipeline.compensate import curvature, output_error, round_compensated
 from pipeline.grids import decode, encode
@@ -216,3 +217,28 @@ def gptq_error(network: Any, moments: torch.Tensor, r1: torch.Tensor) -> float:
     turned = r1.T @ moments @ r1
     rounded = decode(round_compensated(weight, curvature(turned, damp=1e-6), "Q4_0"))
     return output_error(weight, rounded, turned)
+
+
+def test_weights_are_rotated_in_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded to bfloat16 first, another network would be put onto the grid than the one that is exported."""
+    network, seen = folded(), []
+    rotations = random_rotations(network, r1=True, r2=True, seed=0)
+    assert rotations.r1 is not None
+    assert rotations.r2s is not None
+    r1, r2s = rotations.r1.float(), [r2.float() for r2 in rotations.r2s]
+
+    def noting(weight: torch.Tensor, _grid: str) -> torch.Tensor:
+        seen.append(weight.detach())
+        return weight
+
+    monkeypatch.setattr(spin_forward, "fake_quantize", noting)
+    (ids,) = batches(network, 1)
+    with torch.no_grad():
+        SpunNetwork(network, "Q4_0", r1, r2s).kl(ids)
+        exact, seen = seen, []
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            SpunNetwork(network, "Q4_0", r1, r2s).kl(ids)
+    assert {weight.dtype for weight in seen} == {torch.float32}
+    assert len(seen) == len(exact) == 7 * network.config.num_hidden_layers
+    for one, other in zip(seen, exact, strict=True):
+        assert torch.equal(one, other)
