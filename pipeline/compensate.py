@@ -75,6 +75,27 @@ def curvature(hessian: torch.Tensor, *, damp: float) -> Curvature:
     )
 
 
+def aim(weight: torch.Tensor, drift: torch.Tensor, curved: Curvature) -> torch.Tensor:
+    """The weight that does to the inputs x what the given one does to x̃ = x + drift, by damped least squares.
+
+    Least |W x̃ - W' x|² on average, pulled to W as strongly as H is damped: W' = W + W·E[(x̃ - x) xᵀ]·H⁻¹.
+
+    Args:
+        weight: W, float32 [out, in].
+        drift: E[(x̃ - x) xᵀ], float64 [in, in].
+        curved: of x.
+    """
+    import torch
+
+    factor = curved.feedback.double()  # H = M·diag(c)·Mᵀ
+    pushed = weight.double() @ drift
+    pushed = torch.linalg.solve_triangular(factor.T, pushed, upper=False, left=False, unitriangular=True)
+    pushed = torch.linalg.solve_triangular(
+        factor, pushed / curved.variances.double(), upper=True, left=False, unitriangular=True
+    )
+    return weight + pushed.float()
+
+
 def round_compensated(weight: torch.Tensor, curved: Curvature, grid: GridName, *, sweeps: int = 0) -> Blocks:
     """Put a matrix onto a grid with GPTQ and, after it, sweeps of coordinate descent.
 

@@ -1,6 +1,8 @@
 """Rounds a network's linear layers onto a GGUF grid, each on the inputs that the rounded layers before it give.
 
-Layer by layer: {q, k, v} → {o} → {gate, up} → {down}. The channels between gate/up and down are sorted by
+Layer by layer: {q, k, v} → {o} → {gate, up} → {down}. What a layer is rounded towards is what it gave on the inputs of the
+unrounded network, as in GPTAQ (arXiv 2504.02692), so that later layers make up for errors of earlier ones; here the
+weight is moved by least squares before it is rounded (`pipeline.compensate.aim`). The channels between gate/up and down are sorted by
 the strength of down's inputs: GPTQ's act-order with blocks that stay contiguous, and free, since rows of gate and up and
 columns of down move together.
 """
@@ -11,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from domains.errors import ModelError
-from pipeline.compensate import Curvature, curvature, round_compensated
+from pipeline.compensate import aim, curvature, round_compensated
 from pipeline.grids import Blocks, GridName, decode
-from pipeline.layer_inputs import Stream, activated, attended, second_moments
+from pipeline.layer_inputs import Stream, activated, attended, cross_moments, second_moments
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +41,9 @@ def collect_and_round(
 ) -> dict[str, Blocks]:
     """Sequential GPTQ over the linear layers inside the blocks; the network's weights become the rounded ones.
 
-    Embedding, output matrix and norms stay as they are. Memory beside the network: two copies of the stream
-    (tokens × width, float32), what reaches one ``down_proj`` (tokens × its inputs), and one layer's second moments.
+    Embedding, output matrix and norms stay as they are. Memory beside the network: the stream of the rounded
+    and of the unrounded network and two more of that size (tokens × width, float32), what reaches one ``down_proj`` in
+    both (tokens × its inputs), and one layer's moments.
 
     Args:
         network: a ``LlamaForCausalLM`` in float32, in eval mode; changed in place.
@@ -69,11 +72,12 @@ def collect_and_round(
     rounded: dict[str, Blocks] = {}
     with torch.no_grad():
         stream = Stream(network, batches)
+        exact = stream.fork()
         total = len(network.model.layers)
         for index, layer in enumerate(network.model.layers):
             rounding = _Rounder(layer, grid, sweeps)
-            _round_attention(layer, stream, rounding, damp)
-            _round_mlp(layer, stream, rounding, mlp_damp, permute=permute_intermediate)
+            _round_attention(layer, stream, exact, rounding, damp)
+            _round_mlp(layer, stream, exact, rounding, mlp_damp, permute=permute_intermediate)
             for name, blocks in rounding.done.items():
                 rounded[f"model.layers.{index}.{name}.weight"] = blocks
             if on_layer:
@@ -89,11 +93,12 @@ class _Rounder:
         self.names = {module: name for name, module in layer.named_modules()}
         self.done: dict[str, Blocks] = {}
 
-    def round(self, linears: Sequence[Any], curved: Curvature) -> None:
+    def round(self, linears: Sequence[Any], moments: torch.Tensor, drift: torch.Tensor, damp: float) -> None:
         """Linear layers that share their inputs, in one go: rows don't depend on each other."""
         import torch
 
-        weight = torch.cat([linear.weight for linear in linears])
+        curved = curvature(moments, damp=damp)
+        weight = aim(torch.cat([linear.weight for linear in linears]), drift, curved)
         blocks = round_compensated(weight, curved, self.grid, sweeps=self.sweeps)
         begin = 0
         for linear in linears:
@@ -116,33 +121,53 @@ def _rows(blocks: Blocks, rows: slice | torch.Tensor) -> Blocks:
     return Blocks(blocks.grid, blocks.codes[rows], blocks.d[rows], m)
 
 
-def _round_attention(layer: Any, stream: Stream, rounder: _Rounder, damp: float) -> None:
-    attention, hidden = layer.self_attn, stream.hidden
-    moments = second_moments(layer.input_layernorm(rows) for rows in hidden)
-    rounder.round([attention.q_proj, attention.k_proj, attention.v_proj], curvature(moments, damp=damp))
+def _round_attention(layer: Any, stream: Stream, exact: Stream, rounder: _Rounder, damp: float) -> None:
+    attention, norm = layer.self_attn, layer.input_layernorm
+    wanted = [norm(rows) for rows in exact.hidden]
+    wanted_heads = list(attended(layer, exact))
+    for index, rows in enumerate(wanted_heads):
+        exact.hidden[index] = exact.hidden[index] + attention.o_proj(rows)
+    inputs = [norm(rows) for rows in stream.hidden]
+    rounder.round(
+        [attention.q_proj, attention.k_proj, attention.v_proj],
+        second_moments(inputs),
+        _drift(inputs, wanted),
+        damp,
+    )
     heads = list(attended(layer, stream))
-    rounder.round([attention.o_proj], curvature(second_moments(heads), damp=damp))
+    rounder.round([attention.o_proj], second_moments(heads), _drift(heads, wanted_heads), damp)
     for index, rows in enumerate(heads):
-        hidden[index] = hidden[index] + attention.o_proj(rows)
+        stream.hidden[index] = stream.hidden[index] + attention.o_proj(rows)
 
 
-def _round_mlp(layer: Any, stream: Stream, rounder: _Rounder, damp: float, *, permute: bool) -> None:
-    mlp, hidden = layer.mlp, stream.hidden
-    moments = second_moments(layer.post_attention_layernorm(rows) for rows in hidden)
-    rounder.round([mlp.gate_proj, mlp.up_proj], curvature(moments, damp=damp))
-    middle = [activated(layer, rows) for rows in hidden]
-    moments = second_moments(middle)
+def _round_mlp(
+    layer: Any, stream: Stream, exact: Stream, rounder: _Rounder, damp: float, *, permute: bool
+) -> None:
+    mlp, norm = layer.mlp, layer.post_attention_layernorm
+    wanted = [norm(rows) for rows in exact.hidden]
+    wanted_middle = [activated(layer, rows) for rows in exact.hidden]
+    for index, rows in enumerate(wanted_middle):
+        exact.hidden[index] = exact.hidden[index] + mlp.down_proj(rows)
+    inputs = [norm(rows) for rows in stream.hidden]
+    rounder.round([mlp.gate_proj, mlp.up_proj], second_moments(inputs), _drift(inputs, wanted), damp)
+    middle = [activated(layer, rows) for rows in stream.hidden]
+    moments, drift = second_moments(middle), _drift(middle, wanted_middle)
     order = None
     if permute:
         order = _strongest_first(moments.diagonal())
         rounder.reorder_rows(mlp.gate_proj, order)
         rounder.reorder_rows(mlp.up_proj, order)
         mlp.down_proj.weight.copy_(mlp.down_proj.weight[:, order])
-        moments = moments[order][:, order]
-    rounder.round([mlp.down_proj], curvature(moments, damp=damp))
-    for index, rows in enumerate(hidden):
-        inputs = middle[index] if order is None else middle[index][..., order]
-        hidden[index] = rows + mlp.down_proj(inputs)
+        moments, drift = moments[order][:, order], drift[order][:, order]
+    rounder.round([mlp.down_proj], moments, drift, damp)
+    for index, rows in enumerate(middle):
+        inputs_down = rows if order is None else rows[..., order]
+        stream.hidden[index] = stream.hidden[index] + mlp.down_proj(inputs_down)
+
+
+def _drift(inputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> torch.Tensor:
+    """E[(x̃ - x) xᵀ], where x̃ would have reached the layer in the unrounded network."""
+    return cross_moments((exact - rows, rows) for exact, rows in zip(wanted, inputs, strict=True))
 
 
 def _strongest_first(strength: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,12 @@ class Stream:
                 next_step="preceptor curate DOMAIN",
             )
 
+    def fork(self) -> Stream:
+        """The same stream, which can go through other layers from here."""
+        other = copy.copy(self)
+        other.hidden = list(self.hidden)
+        return other
+
     def _take(self, _layer: Any, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> None:
         given = dict(arguments)
         self.hidden.append(inputs[0] if inputs else given.pop("hidden_states"))
@@ -66,16 +73,17 @@ def activated(layer: Any, rows: torch.Tensor) -> torch.Tensor:
 
 
 class Moments:
-    """E[x xᵀ] over tokens, float64 [in, in]: products in float32 per batch, summed in float64."""
+    """E[y xᵀ] over tokens, float64 [in, in]: products in float32 per batch, summed in float64."""
 
     def __init__(self) -> None:
         self._total: torch.Tensor | None = None
         self._count = 0
 
-    def add(self, rows: torch.Tensor) -> None:
-        """Count a batch [..., in]."""
+    def add(self, rows: torch.Tensor, other: torch.Tensor | None = None) -> None:
+        """Count a batch of x [..., in]; y is x itself unless ``other`` is given."""
         flat = rows.reshape(-1, rows.shape[-1])
-        product = (flat.T @ flat).double()
+        left = flat if other is None else other.reshape(-1, other.shape[-1])
+        product = (left.T @ flat).double()
         self._total = product if self._total is None else self._total.add_(product)
         self._count += len(flat)
 
@@ -90,4 +98,12 @@ def second_moments(inputs: Iterable[torch.Tensor]) -> torch.Tensor:
     moments = Moments()
     for rows in inputs:
         moments.add(rows)
+    return moments.mean()
+
+
+def cross_moments(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """E[y xᵀ], float64, of batches of (y, x)."""
+    moments = Moments()
+    for other, rows in pairs:
+        moments.add(rows, other)
     return moments.mean()

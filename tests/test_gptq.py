@@ -9,9 +9,10 @@ import torch
 from small_models import LLAMA3_ROPE, small_llama
 
 from domains.errors import ModelError
-from pipeline.compensate import curvature, output_error, round_compensated
+from pipeline.compensate import aim, curvature, output_error, round_compensated
 from pipeline.gptq import collect_and_round
 from pipeline.grids import GridName, decode, encode, fit
+from pipeline.layer_inputs import cross_moments, second_moments
 from pipeline.rotate import fold_norms, random_rotations, rotate
 
 GRIDS: list[GridName] = ["Q4_0", "Q4_1", "Q8_0"]
@@ -209,3 +210,37 @@ def test_what_can_not_be_calibrated_is_named() -> None:
         collect_and_round(network, [], grid="Q4_0")
     with pytest.raises(ModelError, match="float64"):
         collect_and_round(network.double(), batches(network), grid="Q4_0")
+
+
+def test_the_aim_is_the_least_squares_answer_to_the_unrounded_inputs() -> None:
+    inputs, target = correlated(), weight()
+    wanted = inputs + 0.1 * correlated().roll(1, 0) + 0.05 * inputs.flip(1)
+    drift = cross_moments([(wanted - inputs, inputs)])
+    curved = curvature(second_moments([inputs]), damp=1e-7)
+
+    def error(moved: torch.Tensor) -> float:
+        return float(
+            (wanted.double() @ target.double().T - inputs.double() @ moved.double().T).square().mean()
+        )
+
+    best = torch.linalg.lstsq(inputs.double(), wanted.double() @ target.double().T).solution.T
+    assert error(best) < 0.9 * error(target)
+    assert error(aim(target, drift, curved)) == pytest.approx(error(best), rel=1e-3)
+    assert torch.equal(aim(target, torch.zeros_like(drift), curved), target)
+
+
+@pytest.mark.parametrize("grid", ["Q4_0", "Q4_1"])
+def test_aiming_at_the_unrounded_network_brings_the_output_nearer(
+    grid: GridName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = small_llama()
+    ids, fresh = batches(network, 32), batches(network, 40)[-8:]
+    aiming, not_aiming = copy.deepcopy(network), copy.deepcopy(network)
+    collect_and_round(aiming, ids, grid=grid)
+    monkeypatch.setattr("pipeline.gptq.aim", lambda weight, _drift, _curved: weight)
+    collect_and_round(not_aiming, ids, grid=grid)
+
+    def distance(other: Any) -> float:
+        return sum(float((logits(other, each) - logits(network, each)).square().mean()) for each in fresh)
+
+    assert distance(aiming) < 0.9 * distance(not_aiming)
