@@ -93,7 +93,8 @@ def aim(weight: torch.Tensor, drift: torch.Tensor, curved: Curvature) -> torch.T
     pushed = torch.linalg.solve_triangular(
         factor, pushed / curved.variances.double(), upper=True, left=False, unitriangular=True
     )
-    return weight + pushed.float()
+    aimed: torch.Tensor = weight + pushed.float()
+    return aimed
 
 
 def round_compensated(weight: torch.Tensor, curved: Curvature, grid: GridName, *, sweeps: int = 0) -> Blocks:
