@@ -36,28 +36,30 @@ class Curvature:
         hessian: float32 [in, in].
         feedback: M, float32 [in, in].
         variances: c, float32 [in].
+        dead: bool [in], inputs that were always zero.
     """
 
     hessian: torch.Tensor
     feedback: torch.Tensor
     variances: torch.Tensor
+    dead: torch.Tensor
 
 
 def curvature(hessian: torch.Tensor, *, damp: float) -> Curvature:
     """Damp second moments [in, in] and factor them, in float64.
 
-    A column whose input is always zero gets the curvature 1: its weight can't matter. If Cholesky fails, the
-    damping is raised tenfold, up to four times.
+    The damping is a share of the mean diagonal of inputs that are not always zero. If Cholesky fails, it is raised
+    tenfold, up to four times.
 
     Raises:
         ModelError: the moments are not finite, or stay singular.
     """
     import torch
 
-    damped = hessian.double().clone()
+    damped = hessian.double()
     diagonal = torch.diagonal(damped)
-    diagonal[diagonal <= 0] = 1.0
-    mean = float(diagonal.mean())
+    dead = diagonal == 0
+    mean = 1.0 if bool(dead.all()) else float(diagonal[~dead].mean())
     for attempt in range(_RETRIES + 1):
         ridge = damp * 10**attempt * mean
         trial = damped.clone()
@@ -67,7 +69,9 @@ def curvature(hessian: torch.Tensor, *, damp: float) -> Curvature:
         if not int(failed) and bool(lower.isfinite().all()):
             upper = lower.flip(0, 1)
             roots = torch.diagonal(upper)
-            return Curvature(trial.float(), (upper / roots).float().contiguous(), roots.square().float())
+            return Curvature(
+                trial.float(), (upper / roots).float().contiguous(), roots.square().float(), dead
+            )
     raise ModelError(
         "the inputs of a layer have no invertible second moments",
         expected="finite activations of calibration text, and more damping where they are few",
@@ -75,30 +79,11 @@ def curvature(hessian: torch.Tensor, *, damp: float) -> Curvature:
     )
 
 
-def aim(weight: torch.Tensor, drift: torch.Tensor, curved: Curvature) -> torch.Tensor:
-    """The weight that does to the inputs x what the given one does to x̃ = x + drift, by damped least squares.
-
-    Least |W x̃ - W' x|² on average, pulled to W as strongly as H is damped: W' = W + W·E[(x̃ - x) xᵀ]·H⁻¹.
-
-    Args:
-        weight: W, float32 [out, in].
-        drift: E[(x̃ - x) xᵀ], float64 [in, in].
-        curved: of x.
-    """
-    import torch
-
-    factor = curved.feedback.double()  # H = M·diag(c)·Mᵀ
-    pushed = weight.double() @ drift
-    pushed = torch.linalg.solve_triangular(factor.T, pushed, upper=False, left=False, unitriangular=True)
-    pushed = torch.linalg.solve_triangular(
-        factor, pushed / curved.variances.double(), upper=True, left=False, unitriangular=True
-    )
-    aimed: torch.Tensor = weight + pushed.float()
-    return aimed
-
-
 def round_compensated(weight: torch.Tensor, curved: Curvature, grid: GridName, *, sweeps: int = 0) -> Blocks:
     """Put a matrix onto a grid with GPTQ and, after it, sweeps of coordinate descent.
+
+    A weight whose input was always zero becomes zero, as in GPTQ's release: it can't matter, and its block's scale
+    should not be wide for its sake.
 
     Args:
         weight: float32 [out, in], in a multiple of 32.
@@ -106,7 +91,7 @@ def round_compensated(weight: torch.Tensor, curved: Curvature, grid: GridName, *
         grid: the target.
         sweeps: of coordinate descent over scales and codes.
     """
-    state = _Rounding(weight, grid)
+    state = _Rounding(weight.masked_fill(curved.dead, 0), grid)
     state.gptq(curved)
     for _ in range(sweeps):
         state.sweep(curved.hessian)

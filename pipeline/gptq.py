@@ -1,8 +1,7 @@
 """Rounds a network's linear layers onto a GGUF grid, each on the inputs that the rounded layers before it give.
 
 Layer by layer: {q, k, v} → {o} → {gate, up} → {down}. What a layer is rounded towards is what it gave on the inputs of the
-unrounded network, as in GPTAQ (arXiv 2504.02692), so that later layers make up for errors of earlier ones; here the
-weight is moved by least squares before it is rounded (`pipeline.compensate.aim`). The channels between gate/up and down are sorted by
+unrounded network, so that later layers make up for errors of earlier ones (`pipeline.aim`). The channels between gate/up and down are sorted by
 the strength of down's inputs: GPTQ's act-order with blocks that stay contiguous, and free, since rows of gate and up and
 columns of down move together.
 """
@@ -13,9 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from domains.errors import ModelError
-from pipeline.compensate import aim, curvature, round_compensated
+from pipeline.aim import Inputs, aim, measure_inputs
+from pipeline.compensate import curvature, round_compensated
 from pipeline.grids import Blocks, GridName, decode
-from pipeline.layer_inputs import Stream, activated, attended, cross_moments, second_moments
+from pipeline.layer_inputs import Stream, activated, attended
 
 if TYPE_CHECKING:
     import torch
@@ -93,12 +93,12 @@ class _Rounder:
         self.names = {module: name for name, module in layer.named_modules()}
         self.done: dict[str, Blocks] = {}
 
-    def round(self, linears: Sequence[Any], moments: torch.Tensor, drift: torch.Tensor, damp: float) -> None:
+    def round(self, linears: Sequence[Any], inputs: Inputs, damp: float) -> None:
         """Linear layers that share their inputs, in one go: rows don't depend on each other."""
         import torch
 
-        curved = curvature(moments, damp=damp)
-        weight = aim(torch.cat([linear.weight for linear in linears]), drift, curved)
+        curved = curvature(inputs.all_moments(), damp=damp)
+        weight = aim(torch.cat([linear.weight for linear in linears]), inputs, curved, damp=damp)
         blocks = round_compensated(weight, curved, self.grid, sweeps=self.sweeps)
         begin = 0
         for linear in linears:
@@ -127,15 +127,10 @@ def _round_attention(layer: Any, stream: Stream, exact: Stream, rounder: _Rounde
     wanted_heads = list(attended(layer, exact))
     for index, rows in enumerate(wanted_heads):
         exact.hidden[index] = exact.hidden[index] + attention.o_proj(rows)
-    inputs = [norm(rows) for rows in stream.hidden]
-    rounder.round(
-        [attention.q_proj, attention.k_proj, attention.v_proj],
-        second_moments(inputs),
-        _drift(inputs, wanted),
-        damp,
-    )
+    inputs = measure_inputs([norm(rows) for rows in stream.hidden], wanted)
+    rounder.round([attention.q_proj, attention.k_proj, attention.v_proj], inputs, damp)
     heads = list(attended(layer, stream))
-    rounder.round([attention.o_proj], second_moments(heads), _drift(heads, wanted_heads), damp)
+    rounder.round([attention.o_proj], measure_inputs(heads, wanted_heads), damp)
     for index, rows in enumerate(heads):
         stream.hidden[index] = stream.hidden[index] + attention.o_proj(rows)
 
@@ -148,26 +143,22 @@ def _round_mlp(
     wanted_middle = [activated(layer, rows) for rows in exact.hidden]
     for index, rows in enumerate(wanted_middle):
         exact.hidden[index] = exact.hidden[index] + mlp.down_proj(rows)
-    inputs = [norm(rows) for rows in stream.hidden]
-    rounder.round([mlp.gate_proj, mlp.up_proj], second_moments(inputs), _drift(inputs, wanted), damp)
+    inputs = measure_inputs([norm(rows) for rows in stream.hidden], wanted)
+    rounder.round([mlp.gate_proj, mlp.up_proj], inputs, damp)
     middle = [activated(layer, rows) for rows in stream.hidden]
-    moments, drift = second_moments(middle), _drift(middle, wanted_middle)
+    inputs = measure_inputs(middle, wanted_middle)
+    del wanted_middle
     order = None
     if permute:
-        order = _strongest_first(moments.diagonal())
+        order = _strongest_first(inputs.all_moments().diagonal())
         rounder.reorder_rows(mlp.gate_proj, order)
         rounder.reorder_rows(mlp.up_proj, order)
         mlp.down_proj.weight.copy_(mlp.down_proj.weight[:, order])
-        moments, drift = moments[order][:, order], drift[order][:, order]
-    rounder.round([mlp.down_proj], moments, drift, damp)
+        inputs = inputs.reordered(order)
+    rounder.round([mlp.down_proj], inputs, damp)
     for index, rows in enumerate(middle):
-        inputs_down = rows if order is None else rows[..., order]
-        stream.hidden[index] = stream.hidden[index] + mlp.down_proj(inputs_down)
-
-
-def _drift(inputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> torch.Tensor:
-    """E[(x̃ - x) xᵀ], where x̃ would have reached the layer in the unrounded network."""
-    return cross_moments((exact - rows, rows) for exact, rows in zip(wanted, inputs, strict=True))
+        reaching = rows if order is None else rows[..., order]
+        stream.hidden[index] = stream.hidden[index] + mlp.down_proj(reaching)
 
 
 def _strongest_first(strength: torch.Tensor) -> torch.Tensor:

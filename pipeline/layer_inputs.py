@@ -73,11 +73,11 @@ def activated(layer: Any, rows: torch.Tensor) -> torch.Tensor:
 
 
 class Moments:
-    """E[y xᵀ] over tokens, float64 [in, in]: products in float32 per batch, summed in float64."""
+    """E[y xᵀ] over tokens, float64 [in, in]: products in float32 per batch, summed in float64; ``count`` tokens."""
 
     def __init__(self) -> None:
         self._total: torch.Tensor | None = None
-        self._count = 0
+        self.count = 0
 
     def add(self, rows: torch.Tensor, other: torch.Tensor | None = None) -> None:
         """Count a batch of x [..., in]; y is x itself unless ``other`` is given."""
@@ -85,12 +85,12 @@ class Moments:
         left = flat if other is None else other.reshape(-1, other.shape[-1])
         product = (left.T @ flat).double()
         self._total = product if self._total is None else self._total.add_(product)
-        self._count += len(flat)
+        self.count += len(flat)
 
     def mean(self) -> torch.Tensor:
         """Of all that was added."""
         assert self._total is not None
-        return self._total / self._count
+        return self._total / self.count
 
 
 def second_moments(inputs: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -98,12 +98,4 @@ def second_moments(inputs: Iterable[torch.Tensor]) -> torch.Tensor:
     moments = Moments()
     for rows in inputs:
         moments.add(rows)
-    return moments.mean()
-
-
-def cross_moments(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """E[y xᵀ], float64, of batches of (y, x)."""
-    moments = Moments()
-    for other, rows in pairs:
-        moments.add(rows, other)
     return moments.mean()

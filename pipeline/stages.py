@@ -108,6 +108,7 @@ ROUNDING = (
         "pipeline.retrain",
     ),
     *(
+        "pipeline.aim",
         "pipeline.gptq",
         "pipeline.compensate",
         "pipeline.hadamard",

@@ -9,10 +9,11 @@ import torch
 from small_models import LLAMA3_ROPE, small_llama
 
 from domains.errors import ModelError
-from pipeline.compensate import aim, curvature, output_error, round_compensated
+from pipeline.aim import aim, choose_share, measure_inputs, step
+from pipeline.compensate import curvature, output_error, round_compensated
 from pipeline.gptq import collect_and_round
 from pipeline.grids import GridName, decode, encode, fit
-from pipeline.layer_inputs import cross_moments, second_moments
+from pipeline.layer_inputs import second_moments
 from pipeline.rotate import fold_norms, random_rotations, rotate
 
 GRIDS: list[GridName] = ["Q4_0", "Q4_1", "Q8_0"]
@@ -212,11 +213,12 @@ def test_what_can_not_be_calibrated_is_named() -> None:
         collect_and_round(network.double(), batches(network), grid="Q4_0")
 
 
-def test_the_aim_is_the_least_squares_answer_to_the_unrounded_inputs() -> None:
+def test_the_step_is_the_least_squares_answer_to_the_unrounded_inputs() -> None:
     inputs, target = correlated(), weight()
     wanted = inputs + 0.1 * correlated().roll(1, 0) + 0.05 * inputs.flip(1)
-    drift = cross_moments([(wanted - inputs, inputs)])
-    curved = curvature(second_moments([inputs]), damp=1e-7)
+    measured = measure_inputs(list(inputs.split(512)), list(wanted.split(512)))
+    curved = curvature(measured.all_moments(), damp=1e-7)
+    assert torch.allclose(measured.all_moments(), second_moments([inputs]), rtol=1e-4, atol=1e-3)
 
     def error(moved: torch.Tensor) -> float:
         return float(
@@ -224,9 +226,29 @@ def test_the_aim_is_the_least_squares_answer_to_the_unrounded_inputs() -> None:
         )
 
     best = torch.linalg.lstsq(inputs.double(), wanted.double() @ target.double().T).solution.T
+    full = target + step(target, measured.all_drifts(), curved)
     assert error(best) < 0.9 * error(target)
-    assert error(aim(target, drift, curved)) == pytest.approx(error(best), rel=1e-3)
-    assert torch.equal(aim(target, torch.zeros_like(drift), curved), target)
+    assert error(full) == pytest.approx(error(best), rel=1e-3)
+    assert error(aim(target, measured, curved, damp=1e-7)) == pytest.approx(error(best), rel=0.02)
+    order = torch.arange(127, -1, -1)
+    turned = measured.reordered(order)
+    assert torch.equal(turned.all_drifts(), measured.all_drifts()[order][:, order])
+
+
+def test_the_share_of_the_step_is_what_other_text_bears_out() -> None:
+    inputs, target = correlated(), weight()
+    noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(5))
+
+    def share(wanted: torch.Tensor, tokens: int, parts: int) -> float:
+        measured = measure_inputs(
+            list(inputs[:tokens].split(tokens // parts)), list(wanted[:tokens].split(tokens // parts))
+        )
+        return choose_share(target, measured, damp=0.01)
+
+    assert share(inputs, 4096, 8) == 0  # nothing drifts
+    assert share(inputs + 0.1 * inputs.flip(1), 4096, 8) > 0.9  # lawful
+    assert share(inputs + noise, 512, 8) < 0.2  # by chance
+    assert share(inputs + 0.1 * inputs.flip(1), 4096, 1) == 0  # nothing to judge by
 
 
 @pytest.mark.parametrize("grid", ["Q4_0", "Q4_1"])
@@ -234,13 +256,42 @@ def test_aiming_at_the_unrounded_network_brings_the_output_nearer(
     grid: GridName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = small_llama()
-    ids, fresh = batches(network, 32), batches(network, 40)[-8:]
-    aiming, not_aiming = copy.deepcopy(network), copy.deepcopy(network)
-    collect_and_round(aiming, ids, grid=grid)
-    monkeypatch.setattr("pipeline.gptq.aim", lambda weight, _drift, _curved: weight)
-    collect_and_round(not_aiming, ids, grid=grid)
+    many, fresh = batches(network, 32), batches(network, 40)[-8:]
+    few = [each[:1, :16] for each in many[:8]]
 
-    def distance(other: Any) -> float:
+    def distance(ids: list[torch.Tensor]) -> float:
+        other = copy.deepcopy(network)
+        collect_and_round(other, ids, grid=grid)
         return sum(float((logits(other, each) - logits(network, each)).square().mean()) for each in fresh)
 
-    assert distance(aiming) < 0.9 * distance(not_aiming)
+    aimed, aimed_by_few = distance(many), distance(few)
+    monkeypatch.setattr("pipeline.gptq.aim", lambda weight, _inputs, _curved, damp: weight)
+    assert aimed < 0.9 * distance(many)
+    assert aimed_by_few < 1.03 * distance(few)  # one or two tokens per channel: no harm
+
+
+def test_biases_move_with_their_channels() -> None:
+    network = small_llama()
+    for layer in network.model.layers:
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj, layer.self_attn.o_proj):
+            linear.bias = torch.nn.Parameter(0.3 * torch.randn(linear.weight.shape[0]))
+    ids = batches(network, 4)
+    before = logits(network, ids[0])
+    collect_and_round(network, ids, grid="Q8_0")
+    assert (logits(network, ids[0]) - before).abs().mean() < 0.03 * before.abs().mean()
+
+
+def test_unused_weights_become_zero_and_leave_their_neighbours_alone() -> None:
+    inputs, target = 0.03 * correlated(64, 2048), weight(32, 64)
+    dead = torch.tensor([3, 17, 40])
+    inputs[:, dead] = 0
+    target[:, dead] *= 8  # would widen their blocks' scales
+    moments = second_moments([inputs])
+    curved = curvature(moments, damp=0.01)
+    live = moments.diagonal()[moments.diagonal() > 0].mean()
+    assert float(curved.hessian[3, 3]) == pytest.approx(0.01 * float(live), rel=1e-5)
+    rounded = decode(round_compensated(target, curved, "Q4_0", sweeps=2))
+    alone = target.clone()
+    alone[:, dead] = 0
+    assert torch.equal(rounded, decode(round_compensated(alone, curved, "Q4_0", sweeps=2)))
+    assert (rounded[:, dead] == 0).all()
