@@ -119,7 +119,7 @@ def augment(
 
     Returns:
         The answers that were kept; counts, with drafts = answers + ``no_retrieval_left_out`` + ``no_sentence_left``
-        + ``continues_nothing``; and every label.
+        + ``answer_left_out``; and every label.
     """
     desk = _Desk(critic)
     plans = [Plan(draft) for draft in drafts]
@@ -170,8 +170,8 @@ def assemble(plan: Plan, sampling: Sampling, counts: Counter[str]) -> Reflected 
     if not segments:
         counts["no_sentence_left"] += 1
         return None
-    if segments[0].decision == "continue":
-        counts["continues_nothing"] += 1
+    if places[0] != 0:  # what stands first is taught as the answer; a later sentence is none
+        counts["answer_left_out"] += 1
         return None
     return Reflected(draft, segments, places, plan.utility)
 

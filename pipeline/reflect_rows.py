@@ -13,7 +13,7 @@ of them is kept; one that it would look up is left out, as no document of the do
 
 ``rows_of_several_segments`` counts answers that go on after their first: without any the long form is not trained for.
 
-counts   rows = kept + instructions - no_retrieval_left_out - no_sentence_left - continues_nothing
+counts   rows = kept + instructions - no_retrieval_left_out - no_sentence_left - answer_left_out
                 - drawn_irrelevant_left_out - general_left_out + irrelevant_extra + unanswerable_rows
 """
 

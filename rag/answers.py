@@ -99,6 +99,12 @@ def parse_option(answer: str, options: dict[str, str]) -> str | None:
     return named[0] if len(named) == 1 else None
 
 
+def without_letter(answer: str) -> str:
+    """An answer without the option letter that it begins with."""
+    match = _LETTER.match(answer)
+    return answer[match.end() :].lstrip(" .):,\n") if match else answer
+
+
 def parse_yes_no(answer: str) -> str | None:
     """``yes``, ``no`` or ``maybe`` where the answer begins with it, else None (counted as wrong)."""
     match = _YES_NO.match(answer)

@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from domains.records import Citation, Passage, Statement
+from rag.answers import parse_option, without_letter
 from rag.citations import find_support, supports
-from rag.words import sentence_spans
+from rag.prompt import closed_form, stem_of
+from rag.words import sentence_spans, words
 
 MARK = "[not in the documents]"
 _LIST_NUMBER = re.compile(r"\d{1,3}[.)]")
 _BEFORE = re.compile(r"#{1,6}[ \t][^\n]*\n\s*|(?:[-*+•]|\d{1,3}[.)])\s+")
+_AFFIRMING = {"yes", "maybe"}
 _SHORT = 4  # words; a shorter answer is read together with its question
 
 
@@ -95,7 +98,7 @@ def link_sentences(
 
     Args:
         answer: the text of the answer.
-        question: what was asked.
+        question: what was asked, with its options if any.
         rationale: what the student wrote before its answer, without the quotes.
         citations: its quotes that stand in the passages.
         passages: what it saw.
@@ -104,9 +107,10 @@ def link_sentences(
     units = split_units(answer)
     used: list[Citation] = []
     statements = []
+    stem = stem_of(question)
     for unit in units:
         claim = answer[unit.claim[0] : unit.claim[1]]
-        carrying = _carrying(claim, citations, passages, question)
+        carrying = _carrying(in_words(claim, question), citations, passages, stem)
         if not carrying and search and (found := found_support(question, claim, rationale, passages)):
             carrying = [found]
         used += [item for item in carrying if item not in used]
@@ -114,11 +118,21 @@ def link_sentences(
     return Linked(units, statements, used)
 
 
+def in_words(claim: str, question: str) -> str:
+    """A claim that names one of the question's options by its letter, with the option's text in the letter's place."""
+    options = closed_form(question)
+    letter = parse_option(claim, options) if isinstance(options, dict) else None
+    if letter is None or not isinstance(options, dict):
+        return claim
+    rest = without_letter(claim)
+    return rest if options[letter].lower() in rest.lower() else f"{options[letter]} {rest}".strip()
+
+
 def _carrying(
-    claim: str, citations: Sequence[Citation], passages: Sequence[Passage], question: str
+    claim: str, citations: Sequence[Citation], passages: Sequence[Passage], stem: str
 ) -> list[Citation]:
-    alone = [item for item in citations if supports(claim, [item], passages, question=question)]
-    if alone or not supports(claim, citations, passages, question=question):
+    alone = [item for item in citations if supports(claim, [item], passages, question=stem)]
+    if alone or not supports(claim, citations, passages, question=stem):
         return alone
     return list(citations)
 
@@ -136,9 +150,16 @@ def kept_text(answer: str, linked: Linked, *, mark: bool) -> str:
 
 
 def found_support(question: str, answer: str, rationale: str, passages: Sequence[Passage]) -> Citation | None:
-    """A passage sentence that carries the answer; a short answer is read together with its question."""
-    claim = answer if len(answer.split()) >= _SHORT else f"{question} {rationale} {answer}"
-    return find_support(claim, passages)
+    """A passage sentence that carries the answer; a short answer is read together with its question.
+
+    A closed question counts without its options and the form of its answer: what they say is not claimed. "Yes" claims
+    what the question asks, "no" that it is negated.
+    """
+    stem, claim = stem_of(question), in_words(answer, question)
+    if len(claim.split()) >= _SHORT:
+        return find_support(claim, passages)
+    said = "" if set(words(claim)) <= _AFFIRMING else claim
+    return find_support(f"{stem} {rationale} {said}", passages)
 
 
 def citation_quality(
@@ -153,13 +174,14 @@ def citation_quality(
     Returns:
         (sentences that are carried, citations that count).
     """
-    carried = [item for item in sentences if supports(item, citations, passages, question=question)]
+    sentences, stem = [in_words(item, question) for item in sentences], stem_of(question)
+    carried = [item for item in sentences if supports(item, citations, passages, question=stem)]
     needed = 0
     for i, citation in enumerate(citations):
         others = [*citations[:i], *citations[i + 1 :]]
         needed += any(
-            supports(item, [citation], passages, question=question)
-            or not supports(item, others, passages, question=question)
+            supports(item, [citation], passages, question=stem)
+            or not supports(item, others, passages, question=stem)
             for item in carried
         )
     return len(carried), needed

@@ -13,6 +13,8 @@ import numpy as np
 
 from domains.records import Citation, Hit, Reflection
 from rag.citations import best_overlap, coverage
+from rag.prompt import stem_of
+from rag.sentences import in_words
 from serve.engine import Completion
 
 # Of the first token of the abstention, where it was so unlikely that its size says nothing more.
@@ -75,8 +77,8 @@ def measure(
         "both_lists": float(bool(hits) and len(hits[0].ranks) > 1),
         "quotes_standing": quoted / (quoted + rejected) if quoted + rejected else 0.0,
         "quoted": float(quoted > 0),
-        "answer_overlap": best_overlap(answer, passages),
-        "question_coverage": max((coverage(question, passage) for passage in passages), default=0.0),
+        "answer_overlap": best_overlap(in_words(answer, question), passages),
+        "question_coverage": max((coverage(stem_of(question), passage) for passage in passages), default=0.0),
         "answer_words": math.log1p(len(answer.split())),
         "reflected": float(bool(judged)),
         **{f"reflected_{name}": judged.get(name, 0.5) for name in _REFLECTED},

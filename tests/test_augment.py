@@ -167,19 +167,19 @@ def test_of_answers_without_retrieval_two_in_five_are_kept_whole() -> None:
     assert other != answers
 
 
-def test_what_gets_no_passage_is_counted_and_an_answer_never_begins_by_continuing() -> None:
+def test_an_answer_whose_first_sentence_gets_no_passage_is_left_out() -> None:
     def nothing(ask: Ask) -> str | None:
         if ask.task in {"isrel", "issup"}:
             return None  # no label: the passage is out of the draw
-        return "continue" if ask.output == LONG[1] else "retrieve" if ask.task == "retrieve" else None
+        return "continue" if ask.task == "retrieve" and ask.output else None
 
     drafts = [Draft("one", QUESTION, LONG[:1]), Draft("two", QUESTION, LONG[:2])]
     answers, counts, labels = augment(drafts, Scripted(nothing), find, passages=2, sampling=Sampling())
-    assert answers == []
-    assert counts["no_sentence_left"] == counts["continues_nothing"] == 1
+    assert answers == []  # the second sentence of "two" would be taught as the answer
+    assert counts["no_sentence_left"] == counts["answer_left_out"] == 1
     assert counts["sentences_without_passage"] == 2
     assert (counts["without_label.isrel"], counts["without_label.isuse"]) == (4, 2)
-    assert len(labels) == 3
+    assert len(labels) == 1
 
 
 def test_the_unsupervised_ranges_are_exactly_the_passages_even_under_attack() -> None:

@@ -92,7 +92,12 @@ def test_a_token_row_asks_without_passages_and_reflects_in_its_answer() -> None:
         ground(finds_home), kept, nobody(), irrelevant_share=0.1, abstention_share=SHARE
     )
     check(rows, counts)
-    left_out = ("no_retrieval_left_out", "no_sentence_left", "continues_nothing", "drawn_irrelevant_left_out")
+    left_out = (
+        "no_retrieval_left_out",
+        "no_sentence_left",
+        "answer_left_out",
+        "drawn_irrelevant_left_out",
+    )
     assert len(rows) == (
         len(kept)
         - sum(counts[name] for name in left_out)

@@ -26,10 +26,11 @@ from pipeline.strategies.parse import Unparsed, fields, score
 from pipeline.strategies.refusal import refusal
 from pipeline.strategies.row import Check, Revision, Row, child
 from pipeline.strategies.strategy import Cost
-from pipeline.strategies.templates import fenced, numbered
+from pipeline.strategies.templates import numbered
 from pipeline.teacher_prompt import read_reply
 from rag.answers import parse_reply
 from rag.prompt import render_question
+from rag.untrusted import fenced
 from rag.words import words
 
 LEAK_WORDS = 6

@@ -16,7 +16,8 @@ from pipeline.strategies.outcome import ended, gold_checked, question_of, refere
 from pipeline.strategies.parse import Unparsed, fields
 from pipeline.strategies.row import Row, child
 from pipeline.strategies.strategy import Cost
-from pipeline.strategies.templates import fenced, numbered
+from pipeline.strategies.templates import numbered
+from rag.untrusted import fenced
 
 MIN_WORDS = 3
 PROMPTS = {

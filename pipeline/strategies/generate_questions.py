@@ -22,9 +22,9 @@ from pipeline.strategies.parse import Unparsed, json_objects
 from pipeline.strategies.refusal import refusal
 from pipeline.strategies.row import Check, Made, Row, child
 from pipeline.strategies.strategy import Cost
-from pipeline.strategies.templates import fenced
 from pipeline.wording import recall
 from rag.answers import is_abstention, parse_reply
+from rag.untrusted import fenced
 
 PROMPTS = {
     "generate_questions": """Write {count} questions that the passage below answers, for people who do not have it before them.

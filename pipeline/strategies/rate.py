@@ -18,8 +18,9 @@ from pipeline.strategies.outcome import answer_text, failed, question_of, refere
 from pipeline.strategies.parse import Unparsed
 from pipeline.strategies.row import Row, child
 from pipeline.strategies.strategy import Cost
-from pipeline.strategies.templates import fenced, numbered
+from pipeline.strategies.templates import numbered
 from rag.prompt import render_question
+from rag.untrusted import fenced
 
 PROMPTS = {
     "rate": """You judge an explanation that was written for a learner, on one thing only. {dimension}.

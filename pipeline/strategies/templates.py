@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from domains.errors import ConfigError
 from domains.records import Passage
 from rag.prompt import neutralise
+from rag.untrusted import fenced
 
 # A brace of JSON is never followed by a bare name and a closing brace.
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
-_FENCE = re.compile(r"`{3,}")
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,6 @@ def own_or_default(defaults: Mapping[str, str | None], own: Mapping[str, str]) -
             next_step="mend the prompt file and run the command again",
         )
     return templates
-
-
-def fenced(text: str) -> str:
-    """Untrusted text between fences that are longer than any fence inside it."""
-    longest = max((len(fence) for fence in _FENCE.findall(text)), default=2)
-    fence = "`" * (longest + 1)
-    return f"{fence}\n{text.strip()}\n{fence}"
 
 
 def numbered(passages: Sequence[Passage]) -> str:
