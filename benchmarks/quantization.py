@@ -11,7 +11,8 @@ exactness   each [train] method trains a few rows; the file's blocks are compare
 candidates  files of one student, compared with it in full precision: `default` is the default model, fine-tuned
             (untouched, its weights lie on the Q4_1 grid); `k-capable` the default model cut to widths that K-quants
             divide (SliceGPT's way), then trained here with all of its weights. Both have the same table; --quick
-            leaves out what takes longest (retraining, learned rotations, GPTQ alone of the second). Rotations learned on the cross-entropy: --only learned-ce-gptq-q4_0.
+            has llama.cpp's own Q4_0 and Q4_K_M, R1 + R2 with GPTQ, and of the first network GPTQ alone. Rotations
+            learned on the cross-entropy: --only learned-ce-gptq-q4_0.
 
 Texts: wikitext articles where ``--data`` has them (folder ``wikitext2_test``) and documents of the exam split, none of
 them used in training or calibration. The exam: questions of the exam split with their gold passages.

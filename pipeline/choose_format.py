@@ -65,12 +65,13 @@ def choose(measured: Sequence[Measured], *, max_kl: float, min_top1: float) -> C
 def compare_rotations(measured: Sequence[Measured]) -> str:
     """Whether a rotation is nearer to the full-precision student than GPTQ alone on the same grid, beyond noise.
 
-    Said of the nearest of those that are, else of the nearest; whatever the bounds say of both. Empty where there is
-    nothing to compare.
+    Said of the nearest of those that are, else of the nearest; whatever the bounds say of both. Empty where nothing
+    is rotated.
     """
     pairs = [(each, plain) for each in measured if (plain := _without_rotation(each, measured)) is not None]
     if not pairs:
-        return ""
+        rotated = any(each.candidate.how in ROTATING for each in measured)
+        return "rotations were not compared: GPTQ alone was not measured beside them" if rotated else ""
     beating = [pair for pair in pairs if _is_nearer(*pair)]
     each, plain = min(beating or pairs, key=lambda pair: pair[0].fidelity.kl.mean)
     gap, texts = each.fidelity.minus(plain.fidelity), len(each.fidelity.positions)

@@ -53,11 +53,11 @@ def learn_rotations(
         on_step: called with the number of finished steps and the loss before the last of them.
 
     Raises:
-        ModelError: norms are not folded, or the descent broke down.
+        ModelError: norms are not folded, ``kl`` or ``ce`` of a network with biases, or the descent broke down.
     """
     import torch
 
-    _check(network, batches, r1=r1)
+    _check(network, batches, loss, r1=r1)
     start = random_rotations(network, r1=r1, r2=r2, seed=seed)
     first = None if start.r1 is None else start.r1.float().requires_grad_()
     seconds = None if start.r2s is None else [r2.float().requires_grad_() for r2 in start.r2s]
@@ -85,12 +85,18 @@ def learn_rotations(
     )
 
 
-def _check(network: Any, batches: Sequence[torch.Tensor], *, r1: bool) -> None:
+def _check(network: Any, batches: Sequence[torch.Tensor], loss: RotationLoss, *, r1: bool) -> None:
     if not batches:
         raise ModelError(
             "there is no text to learn rotations on",
             expected="at least one batch of token ids",
             next_step="preceptor curate DOMAIN",
+        )
+    if loss != "error" and any(name.endswith(".bias") for name, _ in network.model.layers.named_parameters()):
+        raise ModelError(
+            f"rotations of a network with biases can't be learned by {loss!r}, which leaves biases out",
+            expected="linear layers without biases, as Llama's",
+            next_step='set [export] rounding = "learned-gptq"',
         )
     if r1:
         check_folded(network)

@@ -242,3 +242,15 @@ def test_weights_are_rotated_in_float32_under_autocast(monkeypatch: pytest.Monke
     assert len(seen) == len(exact) == 7 * network.config.num_hidden_layers
     for one, other in zip(seen, exact, strict=True):
         assert torch.equal(one, other)
+
+
+def test_biases_are_refused_where_they_would_be_left_out() -> None:
+    network = folded()
+    down = network.model.layers[0].mlp.down_proj
+    down.bias = torch.nn.Parameter(torch.ones(down.weight.shape[0]))
+    for loss in ("kl", "ce"):
+        with pytest.raises(ModelError, match="biases"):
+            learn_rotations(
+                network, batches(network), grid="Q4_0", loss=loss, steps=1, seed=0, r1=True, r2=True
+            )
+    learn_rotations(network, batches(network), grid="Q4_0", loss="error", steps=1, seed=0, r1=True, r2=True)

@@ -41,17 +41,19 @@ NO_VERSION = {
     "serve.gguf_check": "refuses damaged files, changes none",
     "serve.adapter_check": "refuses adapters of other models, changes none",
     "serve.models": "where model files lie; they are checked by sha256",
-    "serve.quantizer": "its result is cached with the model, under a name of its own",
 }
 # Only the index stage cuts and stores; the others see that by the content of index.json.
 STORING = {"rag.manifest", "rag.passages", "rag.update"}
+# Makes the base's file, which is cached with the model under a name of its own. Exporting makes the served file with it.
+BASE_QUANTIZED = {"serve.quantizer"}
 # Reached through pipeline.base_gguf only, whose file is cached by the state of the base's weights.
 BASE_FILE = {
     *("pipeline.gguf_writer", "pipeline.gguf_vocabulary", *GRIDS),
     *("pipeline.qlora", "pipeline.student", "pipeline.unpack"),
-    *(*METHODS, "pipeline.levers"),
+    *(*METHODS, "pipeline.levers", *BASE_QUANTIZED),
 }  # fmt: skip
-# A search for the format asks development questions; which of equals it takes may hang on them, the file does not.
+# A search for the format asks development questions, so which candidate wins may hang on them. It takes an hour and is not
+# made again for every change of serving; `preceptor export --search` makes it again when wanted.
 ASKING = {
     *REFLECTION,
     *(
@@ -74,11 +76,13 @@ ASKING = {
     ),
 }
 NO_VERSION_IN = {
-    "elicit": STORING,
-    "curate": STORING,
-    "rerank": STORING,
+    "elicit": STORING | BASE_QUANTIZED,
+    "curate": STORING | BASE_QUANTIZED,
+    "rerank": STORING | BASE_QUANTIZED,
+    "train": BASE_QUANTIZED,
     "export": STORING | ASKING,
     "calibrate": STORING
+    | BASE_QUANTIZED
     | {"serve.streaming", "pipeline.reflection_report"},  # it streams and reports nothing
     "exam": STORING | BASE_FILE | {"serve.streaming"},  # the exam does not stream
 }
@@ -360,8 +364,8 @@ def test_the_sections_and_prompts_that_a_stage_reads_are_listed(stage: Stage) ->
     }
     assert {key for key in keys if key.partition(".")[0] in sections - whole} == single
     assert sections <= whole | {key.partition(".")[0] for key in single}
-    # [corpus] says where the documents lie.
-    carried = {"index": {"corpus"}}
+    # [corpus] says where the documents lie; a search for the format retrains by [train].
+    carried = {"index": {"corpus"}, "export": {"train"}}
     assert whole - sections == carried.get(stage.name, set())
     prompts = {
         node.slice.value
