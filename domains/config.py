@@ -86,7 +86,8 @@ class TeacherSection(Record):
 class ElicitSection(Record):
     """How many seed questions are put to the teacher (0 = all), how often each, and by which strategies.
 
-    ``steps`` run in order; ``judge`` is who grades and criticises, the teacher where it says nothing else.
+    ``steps`` run in order, each on the rows of the one before it; ``judge`` is who grades and criticises, the teacher where
+    it says nothing else. A step's budget is a number of calls.
     """
 
     questions: Annotated[int, Field(ge=0)] = 0
@@ -339,6 +340,7 @@ class ServeSection(Record):
     ``unsupported``, what becomes of text that no passage supports: ``withdraw`` a whole answer without
     support (it becomes the abstention), ``drop`` every sentence without, ``mark`` it, or ``keep`` it. An answer that a
     ``[reflect]`` back-end lets the student give without any passage is shown whatever this says, and told as unsupported.
+    A bare yes or no is carried by any quote that stands: whether it speaks for or against is left to the reader.
     ``max_wrong`` is the share of given answers that may be wrong: the assistant abstains where it is not
     sure enough for that (0: as sure or unsure as it is).
     ``kv_cache``: how keys and values of the context are kept. The quantized ones take 0.53 and 0.28 of the memory; before
