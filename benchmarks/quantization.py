@@ -111,7 +111,7 @@ class Sizes:
 
 QUICK = Sizes(
     rows=16, epochs=2, exact_rows=8, length=512, calibration=24, texts=4, exam=4, learning_steps=16, heal_steps=20,
-    heal_batch=2, prompt_rounds=5,
+    heal_batch=2, prompt_rounds=3,
 )  # fmt: skip
 FULL = Sizes(
     rows=48, epochs=2, exact_rows=24, length=512, calibration=24, texts=12, exam=12, learning_steps=16, heal_steps=120, heal_batch=4,

@@ -26,6 +26,9 @@ CRITIC = {
     "isuse": "Rate how useful the answer is",
 }
 BETTER = "In other words, this one sentence of the documents settles it."
+_FIELD = re.compile(
+    r"^(Request|Preceding sentences|Evidence|Sentence|Answer):\n(`{3,})\n(.*?)\n\2$", re.MULTILINE | re.DOTALL
+)
 _BLOCK = re.compile(r"^(`{3,})\n(.*?)\n\1$", re.DOTALL | re.MULTILINE)
 
 
@@ -104,9 +107,10 @@ class Teacher:
         return json.dumps({"reason": "It quotes what decides.", "score": 5 if len(prompt) % 3 else 4})
 
     def _label(self, kind: str, prompt: str) -> str:
-        """A critic's label; what is judged stands behind the last ``Request:``."""
-        case = prompt.rpartition("Request: ")[2].removesuffix("\nLabel:")
-        request, evidence = case.split("\n")[0], case.partition("\nEvidence: ")[2]
+        """A critic's label; what is judged stands in the last field of each name."""
+        fields = {match[1]: match[3] for match in _FIELD.finditer(prompt)}
+        case = fields["Request"]
+        request, evidence = case.split("\n")[0], fields.get("Evidence", "")
         if kind == "input":
             return "no" if request in self._general else "yes"
         if kind == "isuse":
@@ -116,8 +120,7 @@ class Teacher:
             return (
                 "relevant" if any(squash(each.quote) in squash(evidence) for each in gold) else "irrelevant"
             )
-        sentence = _after(case, "Sentence: ")
-        share = recall(sentence, evidence.partition("\nSentence: ")[0])
+        share = recall(fields["Sentence"], evidence)
         if kind == "retrieve":
             return "reuse" if share >= 0.8 else "search"
         return "full" if share >= 0.8 else "partial" if share >= 0.4 else "none"

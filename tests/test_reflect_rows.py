@@ -335,9 +335,9 @@ def says_as_a_teacher(call: Call) -> Act:
     if "look something up" in task:
         label = "yes" if club else "no"
     elif task.startswith("Decide whether the evidence"):
-        label = "relevant" if club and f"Evidence: The {club[1]} club" in item else "irrelevant"
+        label = "relevant" if club and f"Evidence:\n```\nThe {club[1]} club" in item else "irrelevant"
     elif task.startswith("Decide how far"):
-        label = "full" if club and f"Evidence: The {club[1]} club" in item else "none"
+        label = "full" if club and f"Evidence:\n```\nThe {club[1]} club" in item else "none"
     else:
         label = "5" if task.startswith("Rate") else "search"
     return Act(text=f"{label}\nExplanation: so it is.")
