@@ -23,7 +23,7 @@ _ROWS = 256  # of a matrix, to choose the share by
 
 @dataclass(frozen=True)
 class Inputs:
-    """Moments of a matrix's inputs on two halves of the calibration batches; the second is empty if there is one batch.
+    """Moments of a matrix's inputs on two halves of the calibration batches; one entry each if there is one batch.
 
     Attributes:
         moments: E[x xᵀ] of each half, float64 [in, in].
