@@ -206,6 +206,8 @@ class TokenReflector:
         allowed = [
             one for one in candidates if not (self.settings.drop_unsupported and one.stretch.label == "none")
         ]
+        # Nothing written has nothing to be judged wrong by: it would win over answers that can be.
+        allowed = [one for one in allowed if parse_reply(one.stretch.text).answer] or allowed
         form = closed_form(item.question)
         keys = [closed_answer(one.stretch.text, form) for one in allowed]
         read: list[Wish | Stretch] = [plan.wish, *(one.stretch for one in candidates)]
