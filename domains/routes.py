@@ -25,6 +25,7 @@ GRIDS: Mapping[str, tuple[Grid, ...]] = {
 # An adapter that is constant inside a block has 1/32 of the inputs: it wants a several times higher rate.
 LEARNING_RATES: Mapping[str, float] = {"qlora": 1e-3, "qalora": 3e-3, "qat": 1e-3, "grid-lora": 1e-3}
 _BLOCKS = ("Q4_0", "Q4_1", "Q8_0")
+ON_BASE = {"qalora", "grid-lora"}  # methods that keep the codes of a base on the grid
 _INSIDE = {"qalora", "qat"}  # methods whose adapter lies inside the weight
 
 
@@ -57,6 +58,11 @@ def contradictions(config: DomainConfig) -> list[str]:
     if train.grid is not None and train.grid not in allowed:
         choice = " or ".join(repr(grid) for grid in allowed) or "none: it trains beside NF4 weights"
         return [f"train.grid = {train.grid!r}: method = {train.method!r} knows {choice}"]
+    if train.base_rounding != "search" and train.method not in ON_BASE:
+        found.append(
+            f"train.base_rounding = {train.base_rounding!r}: method = {train.method!r} has no base that was rounded to "
+            'the grid before training; leave it out, or write method = "qalora" or "grid-lora"'
+        )
     if train.grid is not None and config.export.serve != train.grid:
         found.append(
             f"export.serve = {config.export.serve!r}: method = {train.method!r} trains the blocks that are served; "

@@ -166,6 +166,7 @@ def build(candidate: Candidate, materials: Materials, folder: Path, progress: Pr
         packed = retrain(
             network, materials.base, materials.rows, folder / candidate.name, progress,
             method=candidate.how, grid=grid, settings=_settings(materials, candidate.how), kl_weight=materials.kl_weight,
+            batches=materials.batches,
         )  # fmt: skip
     else:
         progress.start(candidate.name, network.config.num_hidden_layers)

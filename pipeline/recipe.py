@@ -19,11 +19,13 @@ class Recipe:
         method: as in ``[train] method``.
         grid: as in ``[train] grid``; None for a method without.
         divergence: a teacher's distribution counts in the loss, too.
+        base_rounding: as in ``[train] base_rounding``.
     """
 
     method: str = "qlora"
     grid: Grid | None = None
     divergence: Divergence | None = None
+    base_rounding: str = "search"
 
 
 QLORA = Recipe()
@@ -41,6 +43,7 @@ def recipe_of(domain: Domain) -> Recipe:
         method=config.train.method,
         grid=config.train.grid,
         divergence=None if config.train.objective == "ce" else divergence,
+        base_rounding=config.train.base_rounding,
     )
 
 

@@ -10,10 +10,11 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from domains.routes import Grid
+from domains.routes import ON_BASE, Grid
 from pipeline.grids import Packed
+from pipeline.methods.grid_base import Calibration
 from pipeline.methods.inside import packed_of
 from pipeline.methods.method import Adapter
 from pipeline.methods.registry import method_of
@@ -23,6 +24,9 @@ from pipeline.progress import Progress
 from pipeline.qlora import training_dtype
 from pipeline.student import Base
 from pipeline.training_loop import Settings, Trainer
+
+if TYPE_CHECKING:
+    import torch
 
 RetrainMethod = Literal["qat", "qalora"]
 
@@ -38,6 +42,7 @@ def retrain(
     grid: Grid,
     settings: Settings,
     kl_weight: float,
+    batches: Sequence[torch.Tensor],
 ) -> dict[str, Packed]:
     """Train ``rows`` with cross-entropy and the divergence from the student itself.
 
@@ -51,11 +56,13 @@ def retrain(
         grid: where to.
         settings: of the loop.
         kl_weight: how much the divergence counts beside the cross-entropy.
+        batches: text that `qalora`'s base is rounded on, by GPTQ; token ids, each [rows, length].
 
     Returns:
         Every matrix of the student as the file's bytes.
     """
-    dtype, how = training_dtype(bf16=settings.levers.bf16), method_of(method, grid)
+    dtype = training_dtype(bf16=settings.levers.bf16)
+    how = method_of(method, grid, Calibration(batches) if method in ON_BASE else None)
     # Under another name, so that no GGUF file is taken for this network's own.
     student = replace(base, name=f"{base.name} student", model=copy.deepcopy(network))
     divergence = Divergence(weight=kl_weight, temperature=1.0, teacher=SELF)

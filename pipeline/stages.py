@@ -97,6 +97,12 @@ METHODS = (
     *("pipeline.methods.peft_files",),
 )
 
+# How GPTQ gets a network onto a grid: a student for serving, or the base before training.
+GPTQ = (
+    "pipeline.gptq", "pipeline.aim", "pipeline.compensate", "pipeline.layer_inputs",
+    "pipeline.grids.straight_through",
+)  # fmt: skip
+
 # How `[export] rounding` gets a student onto a grid, and how a search measures what came of it.
 ROUNDING = (
     *(
@@ -108,9 +114,6 @@ ROUNDING = (
         "pipeline.retrain",
     ),
     *(
-        "pipeline.aim",
-        "pipeline.gptq",
-        "pipeline.compensate",
         "pipeline.hadamard",
         "pipeline.rotate",
         "pipeline.cayley",
@@ -120,7 +123,6 @@ ROUNDING = (
         "pipeline.spin_error",
         "pipeline.spin_forward",
         "pipeline.tune_scales",
-        "pipeline.layer_inputs",
         "pipeline.next_token_kl",
     ),
     *(
@@ -210,7 +212,7 @@ STAGES = (
         prompts=(),
         code=(
             *METHODS, "pipeline.methods.block_group", "pipeline.objective", "pipeline.merge", "pipeline.recipe", "pipeline.train", "pipeline.train_split", "pipeline.training_loop", "pipeline.checkpoint", "pipeline.packing", "pipeline.qlora",
-            *LEVERS,
+            *LEVERS, *GPTQ, "pipeline.calibration_text",
             "pipeline.student", "pipeline.unpack", "pipeline.token_rows", "rag.prompt", "rag.untrusted",
             "rag.reflection", *GRIDS,
         ),
@@ -223,8 +225,8 @@ STAGES = (
         sections=("domain", "student", "train", "retrieve", "export", "parity", "serve", "rerank", "reflect"),
         prompts=("system",),
         code=(
-            *METHODS, "pipeline.exact_files", "pipeline.export", "pipeline.student_files", "pipeline.replays", "pipeline.merge", "pipeline.qlora", *LEVERS, *ROUNDING,
-            "pipeline.student", "pipeline.gguf_writer", "pipeline.gguf_lora", "pipeline.gguf_vocabulary", "pipeline.imatrix", *GRIDS, "pipeline.grids.straight_through",
+            *METHODS, "pipeline.exact_files", "pipeline.export", "pipeline.student_files", "pipeline.replays", "pipeline.merge", "pipeline.qlora", *LEVERS, *GPTQ, *ROUNDING,
+            "pipeline.student", "pipeline.gguf_writer", "pipeline.gguf_lora", "pipeline.gguf_vocabulary", "pipeline.imatrix", *GRIDS,
             "pipeline.quantize", "serve.quantizer", "pipeline.bundle", "pipeline.parity", "pipeline.rows", "pipeline.verify",
             "pipeline.wording", "pipeline.unpack", "pipeline.token_rows", "rag.reflection", "rag.verdicts",
             "serve.engine", "serve.llama", "serve.llama_model", "domains.words", "domains.checks",

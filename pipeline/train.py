@@ -6,7 +6,8 @@ checkpoints hold pickles. The loop is deterministic: same rows, settings and mac
 
 ``train/`` holds ``adapter/`` (see the method), ``network.json`` (what it was trained on), ``loss.jsonl`` (one
 line a step; lines with ``validation_loss`` before training and after each epoch) and
-``checkpoint.safetensors``, from which a killed run goes on.
+``checkpoint.safetensors``, from which a killed run goes on; until the adapter is saved, a base that GPTQ rounded
+beside it.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from domains.domain import Domain
 from domains.errors import StageError
 from domains.jsonl import read_jsonl, write_text_atomic
 from domains.records import Example
+from pipeline.calibration_text import calibration_batches
 from pipeline.checkpoint import State
 from pipeline.kl_teacher import check_teacher, teacher_files
 from pipeline.levers import Levers
+from pipeline.methods.grid_base import Calibration
 from pipeline.methods.method import Adapter, Method
 from pipeline.methods.registry import method_of
 from pipeline.objective import DistilledLoss, Divergence, load_teacher
@@ -45,6 +48,7 @@ from pipeline.train_split import choose_rows, split_validation
 from pipeline.training_loop import Objective, Settings, Trainer
 from serve.models import sha256_file
 
+_CALIBRATION = 48  # windows of 512 tokens for GPTQ
 _FORMAT = 1  # of the checkpoint; a change makes older ones unusable
 _BYTES_PER_WEIGHT = 32  # adapter, checkpoint with two moments, and its successor while it is written
 
@@ -121,6 +125,10 @@ def train_student(
     too_long += also_too_long
     _check_rows(rows, validation, too_long, limit, progress)
     objective = _objective(loaded, recipe.divergence, dtype, settings.levers, base)
+    kept = folder / "base_blocks.safetensors"
+    if recipe.base_rounding == "gptq":
+        progress.say("rounding the base by GPTQ on the training rows")
+        how = method_of(recipe.method, recipe.grid, _calibration(rows, loaded, recipe, kept))
     adapted = how.prepare(loaded, _adapter(settings, token_rows, dtype), progress.say)
     use_packed_attention(loaded.model)
     fingerprint = _fingerprint(rows, validation, settings, loaded, recipe)
@@ -129,6 +137,7 @@ def train_student(
     state = trainer.fit(progress, checkpoint_steps=checkpoint_steps)
     _check_adapter_acts(adapted, loaded.model, rows[0])
     _save(folder, adapted, how, _about(loaded, dtype, settings, token_rows, recipe))
+    kept.unlink(missing_ok=True)
     counts = {
         "rows_in": len(examples),
         "trained": len(rows),
@@ -147,6 +156,12 @@ def _objective(
         return None
     teacher = load_teacher(loaded, divergence, dtype=dtype, base=base)
     return DistilledLoss(loaded.model, teacher, divergence, levers)
+
+
+def _calibration(rows: Sequence[Row], base: Base, recipe: Recipe, kept: Path) -> Calibration:
+    batches = calibration_batches((row.ids for row in rows), pieces=_CALIBRATION)
+    parts = [recipe.grid, base.version, [batch.tolist() for batch in batches]]
+    return Calibration(batches, kept, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
 
 
 def _adapter(settings: Settings, token_rows: Sequence[int], dtype: torch.dtype) -> Adapter:

@@ -72,6 +72,8 @@ def test_a_profile_may_choose_another_method() -> None:
             '[train]\nmethod = "grid-lora"\n[reflect]\nbackend = "tokens"\n',
             r"'grid-lora': .*method = \"qlora\" does",
         ),
+        ('[train]\nmethod = "qat"\nbase_rounding = "gptq"\n', r"base_rounding = 'gptq': .*\"qalora\""),
+        ('[train]\nbase_rounding = "gptq"\n', r"base_rounding = 'gptq': .*\"grid-lora\""),
         ('[train]\nmethod = "lora"\n', r"train\.method = 'lora'"),
     ],
 )

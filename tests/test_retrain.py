@@ -40,6 +40,7 @@ def test_what_an_earlier_call_left_in_the_folder_changes_nothing(
         packed = retrain(
             base.model, base, rows(seed), tmp_path / folder, Silent(),
             method=method, grid="Q4_0", settings=replace(SETTINGS, learning_rate=rate), kl_weight=1.0,
+            batches=[torch.tensor([row.ids for row in rows(seed)])],
         )  # fmt: skip
         return {name: matrix.rows.tobytes() for name, matrix in packed.items()}
 

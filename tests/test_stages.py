@@ -17,7 +17,18 @@ from domains.config import DomainConfig
 from domains.domain import Domain, load_domain
 from pipeline.new import new_domain
 from pipeline.run_folder import Finished, Run
-from pipeline.stages import GRIDS, METHODS, NAMES, REFLECTION, STAGES, Stage, fingerprint, is_done, paths_of
+from pipeline.stages import (
+    GPTQ,
+    GRIDS,
+    METHODS,
+    NAMES,
+    REFLECTION,
+    STAGES,
+    Stage,
+    fingerprint,
+    is_done,
+    paths_of,
+)
 
 PACKAGES = ("pipeline", "rag", "serve", "domains")
 ROOT = Path(__file__).parent.parent
@@ -50,7 +61,7 @@ BASE_QUANTIZED = {"serve.quantizer"}
 BASE_FILE = {
     *("pipeline.gguf_writer", "pipeline.gguf_vocabulary", *GRIDS),
     *("pipeline.qlora", "pipeline.student", "pipeline.unpack"),
-    *(*METHODS, "pipeline.levers", *BASE_QUANTIZED),
+    *(*METHODS, *GPTQ, "pipeline.levers", *BASE_QUANTIZED),
 }  # fmt: skip
 # A search for the format asks development questions, so which candidate wins may hang on them. It takes an hour and is not
 # made again for every change of serving; `preceptor export --search` makes it again when wanted.

@@ -7,7 +7,9 @@ Norms are never rounded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,17 +17,34 @@ from torch import nn
 
 from domains.errors import ModelError
 from domains.routes import Grid
+from pipeline.gptq import collect_and_round
 from pipeline.grids.blocks import BLOCK, Blocks, Packed
 from pipeline.grids.layout import pack, unpack
 from pipeline.grids.library import ggml_decode
 from pipeline.grids.rounding import decode, encode
 from pipeline.grids.search import fit
+from pipeline.methods.adapter_files import keep_blocks
 from pipeline.student import Base
 from serve.models import SMOLLM2, packaged_gguf
 
 _GRIDS = {"Q4_0", "Q4_1", "Q8_0"}
 _OUTER = ("model.embed_tokens.weight", "lm_head.weight")
 _OUTER_GRID: Grid = "Q8_0"  # relative error 0.005; its kernels are the fast ones for a large output matrix
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text that the base is rounded on by GPTQ.
+
+    Attributes:
+        batches: token ids, each [rows, length], without padding.
+        kept: where the rounded base is kept for a training that is taken up again; None: nowhere.
+        key: of what is kept: a base that was rounded from something else is not taken up.
+    """
+
+    batches: Sequence[torch.Tensor]
+    kept: Path | None = None
+    key: str = ""
 
 
 def block_linears(model: Any) -> Iterator[tuple[str, nn.Linear]]:
@@ -35,24 +54,40 @@ def block_linears(model: Any) -> Iterator[tuple[str, nn.Linear]]:
             yield path, module
 
 
-def base_blocks(base: Base, grid: Grid) -> dict[str, Blocks]:
+def base_blocks(base: Base, grid: Grid, calibration: Calibration | None = None) -> dict[str, Blocks]:
     """The blocks of every linear layer by parameter name.
 
-    A base that comes as GGUF and lies on the grid gives its file's own bytes; everything else is fitted.
+    A base that comes as GGUF and lies on the grid gives its file's own bytes. Everything else is rounded by GPTQ on
+    ``calibration`` (with the norms and the order of channels as they are: the network around the blocks stays the
+    base's), or fitted matrix by matrix without one.
 
     Raises:
         ModelError: a matrix has rows that blocks of 32 do not divide, or a bias.
     """
     own = _own_file(base)
-    found = {}
+    linears = {}
     for path, linear in block_linears(base.model):
         check_linear(path, linear)
-        name = f"{path}.weight"
-        if name in own and own[name].kind == grid:
-            found[name] = unpack(own[name].rows, grid)
-        else:
+        linears[f"{path}.weight"] = linear
+    found = {name: unpack(own[name].rows, grid) for name in linears if name in own and own[name].kind == grid}
+    if len(found) < len(linears) and calibration is not None:
+        return _by_gptq(base.model, grid, calibration)
+    for name, linear in linears.items():
+        if name not in found:
             found[name] = fit(linear.weight.detach().float(), grid)
     return found
+
+
+def _by_gptq(model: Any, grid: Grid, calibration: Calibration) -> dict[str, Blocks]:
+    def rounded() -> dict[str, Packed]:
+        blocks = collect_and_round(model, calibration.batches, grid=grid, permute_intermediate=False)
+        return pack_blocks(blocks)
+
+    if calibration.kept is None:
+        packed = rounded()
+    else:
+        packed = keep_blocks(calibration.kept, calibration.key, rounded)
+    return {name: unpack(matrix.rows, grid) for name, matrix in packed.items()}
 
 
 def outer_packed(base: Base) -> dict[str, Packed]:

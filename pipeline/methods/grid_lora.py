@@ -16,7 +16,14 @@ import torch
 from domains.routes import Grid
 from pipeline.grids.blocks import Packed
 from pipeline.methods.adapter_files import load_blocks, save_blocks
-from pipeline.methods.grid_base import base_blocks, outer_packed, pack_blocks, set_linears, set_outer
+from pipeline.methods.grid_base import (
+    Calibration,
+    base_blocks,
+    outer_packed,
+    pack_blocks,
+    set_linears,
+    set_outer,
+)
 from pipeline.methods.method import Adapter, Trained
 from pipeline.methods.peft_files import save_peft
 from pipeline.qlora import attach_lora, load_adapter, training_device
@@ -27,9 +34,10 @@ _PACKED = "grid_blocks"  # where the training network carries its blocks
 
 @dataclass(frozen=True)
 class GridLora:
-    """The frozen base lies on ``grid``."""
+    """The frozen base lies on ``grid``; rounded by GPTQ where there is a ``calibration``."""
 
     grid: Grid
+    calibration: Calibration | None = None
 
     def base_dtype(self, arithmetic: torch.dtype) -> torch.dtype:  # noqa: ARG002
         """float32: norms go into the file as they are, and rounding begins with unrounded weights."""
@@ -38,7 +46,7 @@ class GridLora:
     def prepare(self, base: Base, adapter: Adapter, say: Callable[[str], None]) -> Any:
         """See `Method.prepare`."""
         say(f"grid-lora: the base lies on the {self.grid} grid, the adapter beside it")
-        packed = outer_packed(base) | pack_blocks(base_blocks(base, self.grid))
+        packed = outer_packed(base) | pack_blocks(base_blocks(base, self.grid, self.calibration))
         _round(base, packed)
         base.model.to(training_device(), adapter.dtype)
         adapted = attach_lora(
