@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
 # Digits inside a word (v2, B12, FEV1) are part of its name, not a number.
-_NUMBER = re.compile(r"(?<![\w.])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
+_NUMBER = re.compile(rf"(?<![\w.]){_DIGITS}")
 _WORD = re.compile(r"[^\W\d_]+")
 _NUMBER_NAMES = (
     "zero _ two three four five six seven eight nine ten eleven twelve"  # "one" is mostly a pronoun
@@ -17,6 +18,68 @@ def numbers(text: str) -> set[str]:
     """The numbers in ``text`` in one spelling: ``1,000`` → ``1000``, ``3.50`` → ``3.5``, ``two`` → ``2``."""
     spelled = {word.lower() for word in _WORD.findall(text)} & NUMBER_WORDS.keys()
     return {_plain(match[0]) for match in _NUMBER.finditer(text)} | {NUMBER_WORDS[word] for word in spelled}
+
+
+# What makes a number another amount: a line each, names of the same unit.
+_UNIT_LINES = """
+mg milligram milligrams
+mcg µg μg ug microgram micrograms
+g gram grams
+kg
+ml
+dl
+l litre litres liter liters
+mmol
+iu
+mm
+cm
+m
+km
+kb
+mb
+gb
+px
+% percent
+ms
+s sec secs second seconds
+min mins minute minutes
+h hr hrs hour hours
+d day days
+week weeks
+month months
+year years
+time times
+tablet tablets
+drop drops
+"""
+_UNITS = {name: line.split()[0] for line in _UNIT_LINES.split("\n") for name in line.split()}
+_AMOUNT = re.compile(
+    rf"(?<![\w.])({_DIGITS}|{'|'.join(NUMBER_WORDS)})[ \t\u00a0-]*"
+    rf"({'|'.join(re.escape(unit) for unit in sorted(_UNITS, key=len, reverse=True))})(?!\w)",
+    re.IGNORECASE,
+)
+
+
+_PERIODS = ("hour", "day", "week", "month", "year")
+_PER = re.compile(
+    rf"\b(?:an?|per|each|every)[ \t]+({'|'.join(_PERIODS)})\b|/[ \t]?({'|'.join(_PERIODS)})\b|\b(hour|dai|week|month|year)ly\b",
+    re.IGNORECASE,
+)
+
+
+def amounts(text: str) -> dict[str, set[str]]:
+    """Which units stand behind each number of ``text``: ``"40 mg a day, 2-week course"`` → ``{"40": {"mg"}, "2": {"week"}, "per": {"day"}}``.
+
+    Under ``per`` are the periods in which something is repeated or measured.
+    """
+    found: dict[str, set[str]] = {}
+    for match in _AMOUNT.finditer(text):
+        number = NUMBER_WORDS.get(match[1].lower()) or _plain(match[1])
+        found.setdefault(number, set()).add(_UNITS[match[2].lower()])
+    for match in _PER.finditer(text):
+        period = next(group for group in match.groups() if group).lower()
+        found.setdefault("per", set()).add(_UNITS["day" if period == "dai" else period])
+    return found
 
 
 def _plain(number: str) -> str:

@@ -26,7 +26,7 @@ from pipeline.reflection_cases import Case, collect, development_questions, gene
 from pipeline.selective import Bin, calibration_error, reliability
 from serve.assistant import Assistant
 from serve.reflection_fit import FittedReflection
-from serve.reflection_scores import Parts, Weights, best, segment_score, wants_retrieval
+from serve.reflection_scores import Parts, Weights, best, may_win, segment_score, wants_retrieval
 from serve.reflection_tokens import open_tokens
 
 THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -98,7 +98,12 @@ def outcome(case: Case, *, threshold: float, weights: Weights, drop_unsupported:
     """What serving with these settings would have been worth, and whether it would have retrieved."""
     if not case.candidates or not wants_retrieval(case.p_retrieve, threshold):
         return case.closed.outcome, False
-    allowed = [item for item in case.candidates if not (drop_unsupported and item.unsupported)]
+    places = may_win(
+        [item.unsupported for item in case.candidates],
+        [item.silent for item in case.candidates],
+        drop_unsupported=drop_unsupported,
+    )
+    allowed = [case.candidates[at] for at in places]
     if not allowed:
         return case.nothing, True
     scores = [

@@ -31,6 +31,7 @@ class CachedAnswer(Record):
     utility: float | None
     sequence: float | None
     unsupported: bool
+    silent: bool = False
     key: str | None
     outcome: float
 
@@ -155,6 +156,7 @@ def _case(
         return CachedAnswer(
             **asdict(item.stretch.parts),
             unsupported=item.stretch.label == "none",
+            silent=item.stretch.silent,
             key=closed_answer(item.stretch.text, form),
             outcome=value(question, item.stretch.text, asked),
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from domains.records import Citation, Passage
-from domains.words import NUMBER_WORDS, numbers
+from domains.words import NUMBER_WORDS, amounts, numbers
 from rag.words import sentence_spans, stem, words
 
 _NAME = re.compile(r"\b[A-Z][\w-]+")
@@ -38,6 +38,13 @@ _NEGATION = "no not never none neither nor without cannot nothing nobody"
 _FUNCTION_WORDS, _NEGATIONS = frozenset(_FUNCTION.split()), frozenset(_NEGATION.split())
 # Answers without words of their own: what they mean stands in the question.
 _BARE = frozenset({"yes", "mayb", "maybe", *"abcdefgh"})
+# Where a negation does not reach across: "given to adults, not to children", "a tablet that does not cause drowsiness".
+_CLAUSE = re.compile(
+    r"[,;:](?=\s)|[()—]|\b(?:and|or|but|that|which|who|because|although|though|while|unless|if|when)\b",
+    re.IGNORECASE,
+)
+_REACH = 3  # words between a negation and what it negates
+_YES = "yes"
 _MARK = re.compile(r"\[\d{1,2}\]")  # the number of a passage, not a number that is claimed
 
 
@@ -80,36 +87,43 @@ def check_quotes(
     return citations, rejected
 
 
-def find_support(claim: str, passages: Sequence[Passage], *, min_overlap: float = 0.6) -> Citation | None:
+def find_support(
+    claim: str, passages: Sequence[Passage], *, own: str = "", min_overlap: float = 0.6
+) -> Citation | None:
     """The passage sentence that covers the largest share of the claim's content words.
 
-    Words are compared by stem. Every number of the claim must stand in the sentence, every capitalised
-    word of it in the passage or its title (a claim about another medicine or product is not
+    Words are compared by stem. Every number of the claim must stand in the sentence, with no other unit, every
+    capitalised word of it in the passage or its title (a claim about another medicine or product is not
     supported), and the matched part of the sentence must be negated exactly if the claim is. Ties go
     to the shorter sentence, then to the earlier passage. A one-word claim is found wherever the word stands: put the
-    question's words into the claim when the answer is that short.
+    question's words into the claim when the answer is that short, and name the answer's ``own``.
 
     Args:
         claim: one sentence.
-        passages: what the student saw, [1] first.
+        passages: what the student saw.
+        own: the part of the claim that was not asked but answered: the sentence, with its passage's title and heading,
+            must have the same least share of its content words, whatever else it shares with the claim.
         min_overlap: the least share of content words, in [0, 1].
     """
-    claim = _MARK.sub(" ", claim)
-    wanted, figures = _content(claim), numbers(claim)
-    names = _content(" ".join(_NAME.findall(claim)))
+    claim, own = _MARK.sub(" ", claim), _MARK.sub(" ", own)
+    wanted, answered = content(claim), content(own)
+    names = content(" ".join(_NAME.findall(claim)))
     negated = _is_negated(words(claim))
     best: tuple[float, int, int, tuple[int, int]] | None = None
     if not wanted:
         return None
     for i, passage in enumerate(passages):
-        if not names <= _content(f"{passage.title} {passage.heading} {passage.text}"):
+        context = content(f"{passage.title} {passage.heading}")
+        if not names <= context | content(passage.text):
             continue
         for span in sentence_spans(passage.text):
             sentence = passage.text[span[0] : span[1]]
-            share = _share(wanted, sentence, negated=negated)
-            if share < min_overlap or share == 0 or not figures <= numbers(sentence):
+            found = _matched(wanted, sentence, negated=negated)
+            if not found or len(found) < min_overlap * len(wanted) or not _has_amounts(claim, sentence):
                 continue
-            candidate = (-share, span[1] - span[0], i, span)
+            if len(answered & (found | context)) < min_overlap * len(answered):
+                continue
+            candidate = (-len(found) / len(wanted), span[1] - span[0], i, span)
             if best is None or candidate < best:
                 best = candidate
     if best is None:
@@ -127,9 +141,10 @@ def supports(
 ) -> bool:
     """Whether the cited words together carry a claim; more citations never support less.
 
-    As in `find_support`: numbers and names of the claim must stand in what is cited, and negation must
-    agree. What the question said already needs no support; a claim that says nothing beyond it ("Yes")
-    rests on any citation.
+    As in `find_support`: numbers and names of the claim must stand in what is cited, whoever said them first, and
+    negation must agree; it is looked for in the whole sentences that the citations were taken from. Other words that
+    the question said need no support; a claim that says nothing beyond it ("Yes") rests on any citation, "yes" on one
+    that has the question's numbers.
 
     Args:
         claim: one sentence of an answer.
@@ -141,28 +156,48 @@ def supports(
     shown = {passage.passage_id: passage for passage in passages}
     cited = [(item, shown[item.passage_id]) for item in citations if item.passage_id in shown]
     claim = _MARK.sub(" ", claim)
-    wanted = _content(claim) - _BARE
-    fresh = wanted - _content(question) or wanted
-    if not cited or not fresh:
-        return bool(cited)
-    if not numbers(claim) <= numbers(" ".join([question, *(item.quote for item, _ in cited)])):
+    wanted = content(claim) - _BARE
+    fresh = wanted - content(question) or wanted
+    if not cited:
         return False
-    context = " ".join(f"{p.title} {p.heading}" for _, p in cited)
-    if not _content(" ".join(_NAME.findall(claim))) - _BARE <= _content(
-        " ".join([question, context, *(p.text for _, p in cited)])
-    ):
+    # "Yes" claims what was asked, and so its numbers.
+    asserted = f"{claim} {question}" if _YES in words(claim)[:1] else claim
+    if not _has_amounts(asserted, " ".join(item.quote for item, _ in cited)):
+        return False
+    if not fresh:
+        return True
+    context = content(" ".join(f"{p.title} {p.heading}" for _, p in cited))
+    said = context | content(" ".join(p.text for _, p in cited))
+    if not content(" ".join(_NAME.findall(claim))) - _BARE <= said:
         return False
     negated = _is_negated(words(claim))
-    found = set().union(*(_matched(wanted, item.quote, negated=negated) for item, _ in cited))
+    found = set().union(*(_matched(wanted, *_in_sentence(item, p), negated=negated) for item, p in cited))
     if not found:
         return False
-    return len(fresh & (found | _content(context))) >= min_overlap * len(fresh)
+    return len(fresh & (found | context)) >= min_overlap * len(fresh)
+
+
+def _has_amounts(claim: str, said: str) -> bool:
+    """Whether every number of a claim stands in what was said, and not with other units or periods there."""
+    if not numbers(claim) <= numbers(said):
+        return False
+    theirs = amounts(said)
+    return all(units & theirs.get(number, units) for number, units in amounts(claim).items())
+
+
+def _in_sentence(citation: Citation, passage: Passage) -> tuple[str, str, str]:
+    """The cited words, and what stands before and behind them in their sentences."""
+    begin, end = citation.start - passage.start, citation.end - passage.start
+    spans = [span for span in sentence_spans(passage.text) if span[0] < end and begin < span[1]]
+    if not spans:
+        return citation.quote, "", ""
+    return citation.quote, passage.text[spans[0][0] : begin], passage.text[end : spans[-1][1]]
 
 
 def best_overlap(claim: str, passages: Sequence[Passage]) -> float:
     """The largest share of a claim's content words that one passage sentence has, in [0, 1]; see `find_support`."""
     claim = _MARK.sub(" ", claim)
-    wanted, negated = _content(claim), _is_negated(words(claim))
+    wanted, negated = content(claim), _is_negated(words(claim))
     if not wanted:
         return 0.0
     sentences = [
@@ -173,10 +208,10 @@ def best_overlap(claim: str, passages: Sequence[Passage]) -> float:
 
 def coverage(text: str, passage: Passage) -> float:
     """The share of a text's content words that a passage has, its title and heading included, in [0, 1]."""
-    wanted = _content(text)
+    wanted = content(text)
     if not wanted:
         return 0.0
-    return len(wanted & _content(f"{passage.title} {passage.heading} {passage.text}")) / len(wanted)
+    return len(wanted & content(f"{passage.title} {passage.heading} {passage.text}")) / len(wanted)
 
 
 def _citation(number: int, passage: Passage, span: tuple[int, int], *, by_model: bool) -> Citation:
@@ -240,7 +275,8 @@ def _whole(text: str, start: int, end: int) -> bool:
     return not (text[end - 1].isdigit() and re.fullmatch(r"[.,]\d", after))
 
 
-def _content(text: str) -> set[str]:
+def content(text: str) -> set[str]:
+    """The stems of a text's words that say something: no function words, no negations; number words as digits."""
     return set(_stems(word for word in words(text) if word not in _FUNCTION_WORDS | _NEGATIONS))
 
 
@@ -257,12 +293,26 @@ def _share(wanted: set[str], sentence: str, *, negated: bool) -> float:
     return len(_matched(wanted, sentence, negated=negated)) / len(wanted)
 
 
-def _matched(wanted: set[str], sentence: str, *, negated: bool) -> set[str]:
-    """The wanted stems that the sentence has; none where the negation differs."""
-    said = words(sentence)
+def _matched(wanted: set[str], text: str, before: str = "", behind: str = "", *, negated: bool) -> set[str]:
+    """The wanted stems that a text has; none where the negation differs.
+
+    A negation up to three words ahead of the matched part belongs to it ("do not give X"), and so does one up to three
+    words behind it in the same clause ("giving X is not advised"), in the text or ``before`` and ``behind`` it.
+    """
+    pieces = [words(piece) for piece in _CLAUSE.split(text)]
+    said = [word for piece in pieces for word in piece]
     stems = _stems(said)
     matched = [i for i, term in enumerate(stems) if term in wanted]
-    # A negation up to three words ahead of the matched part belongs to it ("do not give X").
-    if not matched or _is_negated(said[max(0, matched[0] - 3) : matched[-1] + 1]) != negated:
+    if not matched:
         return set()
-    return {stems[i] for i in matched}
+    ahead = [*words(before), *said[: matched[0]]][-_REACH:]
+    clause, end = [], 0
+    for piece in pieces:
+        end += len(piece)
+        if matched[-1] < end:
+            clause = said[matched[-1] + 1 : end]
+            break
+    if end == len(said):  # the text's last clause goes on behind it
+        clause = [*clause, *words(_CLAUSE.split(behind)[0])]
+    reach = [*ahead, *said[matched[0] : matched[-1] + 1], *clause[:_REACH]]
+    return {stems[i] for i in matched} if _is_negated(reach) == negated else set()

@@ -150,7 +150,7 @@ def kept_text(answer: str, linked: Linked, *, mark: bool) -> str:
 
 
 def found_support(question: str, answer: str, rationale: str, passages: Sequence[Passage]) -> Citation | None:
-    """A passage sentence that carries the answer; a short answer is read together with its question.
+    """A passage sentence that carries the answer; a short answer is read together with its question, and found too.
 
     A closed question counts without its options and the form of its answer: what they say is not claimed. "Yes" claims
     what the question asks, "no" that it is negated.
@@ -159,7 +159,7 @@ def found_support(question: str, answer: str, rationale: str, passages: Sequence
     if len(claim.split()) >= _SHORT:
         return find_support(claim, passages)
     said = "" if set(words(claim)) <= _AFFIRMING else claim
-    return find_support(f"{stem} {rationale} {said}", passages)
+    return find_support(f"{stem} {rationale} {said}", passages, own=said)
 
 
 def citation_quality(

@@ -44,6 +44,11 @@ class Hypothesis:
         """The mean of the segments' scores."""
         return mean_score([step.score for step in self.steps])
 
+    @property
+    def silent(self) -> bool:
+        """Whether none of its segments says anything."""
+        return all(step.stretch.silent for step in self.steps)
+
     def with_step(self, step: Step) -> Hypothesis:
         """This hypothesis and one segment more."""
         return Hypothesis((*self.steps, step), step.stretch.next_decision)
@@ -78,7 +83,8 @@ def search(root: Hypothesis, expand: Expand, *, beam: int, depth: int) -> Hypoth
         if not open_:
             break
     finished += [replace(hypothesis, wants=None) for hypothesis in open_ if hypothesis.steps]
-    return max(finished, key=lambda hypothesis: hypothesis.score, default=None)
+    # As in the short form, what says nothing wins only over its like (`serve.reflection_scores.may_win`).
+    return max(finished, key=lambda hypothesis: (not hypothesis.silent, hypothesis.score), default=None)
 
 
 def context_tokens(prompt: Sequence[int], hypothesis: Hypothesis, *, without_passages: int) -> list[int]:

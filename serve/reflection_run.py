@@ -9,6 +9,7 @@ from typing import Literal
 
 from domains.errors import ModelError
 from domains.records import JudgedSegment
+from rag.answers import parse_reply
 from rag.reflection import PARAGRAPH, RELEVANCE, RETRIEVE, SUPPORT, TOKENS, UTILITY
 from serve.engine import Completion, Engine, LogProbs
 from serve.reflection_scores import (
@@ -138,6 +139,11 @@ class Stretch:
     next_decision: Decision | None
     expected: tuple[str, ...]
     missing: tuple[str, ...]
+
+    @property
+    def silent(self) -> bool:
+        """Whether there is no answer in it: at most quotes and judgements."""
+        return not parse_reply(self.text).answer
 
 
 def read_stretch(

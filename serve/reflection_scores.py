@@ -115,6 +115,19 @@ def vote(keys: Sequence[str | None], scores: Sequence[float]) -> str | None:
     return max(sums, key=lambda key: sums[key]) if sums else None
 
 
+def may_win(unsupported: Sequence[bool], silent: Sequence[bool], *, drop_unsupported: bool) -> list[int]:
+    """The places of the candidates that compete.
+
+    Args:
+        unsupported: which were judged to contradict their passages.
+        silent: which say nothing. Nothing written has nothing to be judged wrong by, and would win over answers that
+            have: these compete only among themselves.
+        drop_unsupported: leave the unsupported ones out.
+    """
+    allowed = [at for at, each in enumerate(unsupported) if not (drop_unsupported and each)]
+    return [at for at in allowed if not silent[at]] or allowed
+
+
 def best(keys: Sequence[str | None], scores: Sequence[float], *, closed: bool) -> int:
     """The candidate that wins: of the answer with most votes (closed) or of all, the best score; first of equals.
 

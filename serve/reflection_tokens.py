@@ -25,7 +25,7 @@ from serve.engine import Completion, Engine
 from serve.reflection import Ground, Reflected, abstained
 from serve.reflection_long import LongForm
 from serve.reflection_run import Decision, Stretch, Vocabulary, Wish, judged, read_stretch, rounded
-from serve.reflection_scores import Weights, best, p_retrieve, segment_score, wants_retrieval
+from serve.reflection_scores import Weights, best, may_win, p_retrieve, segment_score, wants_retrieval
 
 if TYPE_CHECKING:
     from serve.assistant import Asked
@@ -203,11 +203,12 @@ class TokenReflector:
         return Candidate(number, stretch, completion, segment_score(stretch.parts, self.settings.weights))
 
     def _choose(self, item: Asked, plan: Plan, candidates: Sequence[Candidate], ground: Ground) -> Reflected:
-        allowed = [
-            one for one in candidates if not (self.settings.drop_unsupported and one.stretch.label == "none")
-        ]
-        # Nothing written has nothing to be judged wrong by: it would win over answers that can be.
-        allowed = [one for one in allowed if parse_reply(one.stretch.text).answer] or allowed
+        places = may_win(
+            [one.stretch.label == "none" for one in candidates],
+            [one.stretch.silent for one in candidates],
+            drop_unsupported=self.settings.drop_unsupported,
+        )
+        allowed = [candidates[at] for at in places]
         form = closed_form(item.question)
         keys = [closed_answer(one.stretch.text, form) for one in allowed]
         read: list[Wish | Stretch] = [plan.wish, *(one.stretch for one in candidates)]

@@ -147,6 +147,12 @@ def test_settings_are_worth_what_serving_would_have_said() -> None:
     assert worth(vote) == (1, True)
 
 
+def test_what_says_nothing_is_not_counted_as_given() -> None:
+    """As in serving: the silent candidate has the better score, the other one is given."""
+    both = case(0.9, 0, candidate(0, relevance=0.9, silent=True), candidate(1, relevance=0.1))
+    assert outcome(both, threshold=0.2, weights=Weights(), drop_unsupported=True) == (1, True)
+
+
 def test_retrieval_reliability_is_over_questions_where_it_makes_a_difference() -> None:
     cases = [case(0.9, 0, candidate(1)), case(0.1, 1, candidate(0)), case(0.7, 1, candidate(1))]
     table, error = retrieval_reliability(cases)

@@ -247,15 +247,17 @@ def test_answers_that_their_passage_contradicts_are_dropped() -> None:
     assert answer.reflection.notes == ["every answer was judged unsupported by its passage"]
 
 
-def test_a_candidate_that_says_nothing_never_wins_over_an_answer() -> None:
+@pytest.mark.parametrize("form", ["short", "long"])
+def test_a_candidate_that_says_nothing_never_wins_over_an_answer(form: str) -> None:
     replies = {"Corvane": GOOD + FULL + FIVE, "Brenzal": BAD + "40 mg once a day." + FIVE}
-    assistant, _, _ = assistant_of(short(replies), "Corvane", "Brenzal")
+    assistant, _, _ = assistant_of(short(replies), "Corvane", "Brenzal", form=form)
     answer = assistant.ask("What is the dose of Brenzal?")
-    assert answer.text == "40 mg once a day."
+    assert answer.text.startswith("40 mg once a day.")
     assert answer.reflection is not None
-    silent, spoken = answer.reflection.candidates  # both are shown, the silent one with the better score
-    assert silent.score > spoken.score
-    alone, _, _ = assistant_of(short(replies), "Corvane")
+    if form == "short":  # both are shown, the silent one with the better score
+        silent, spoken = answer.reflection.candidates
+        assert silent.score > spoken.score
+    alone, _, _ = assistant_of(short(replies), "Corvane", form=form)
     assert alone.ask("What is the dose of Brenzal?").text == ABSTAIN
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 from domains.records import Citation
 from rag.citations import check_quotes, supports
 from rag.sentences import MARK, citation_quality, kept_text, link_sentences, split_units
+from serve.checking import check_reply
+from serve.judges import RuleJudge
 from tests.small_serving import ABSTAIN, passage, scripted_assistant
 
 BRENZAL, PELIDOR = passage("Brenzal"), passage("Pelidor")
@@ -171,3 +175,104 @@ def test_citation_quality_counts_as_alce_does() -> None:
     halves = cited(("Brenzal is a tablet against hay fever.", 1), DOSE)
     claim = "A tablet against hay fever whose adult dose is 40 mg."
     assert citation_quality([claim], halves, both, question="") == (1, 2)  # neither carries it alone
+
+
+# -- what the question said is no evidence -----------------------------------------------------------
+
+COLCHICINE = passage("Colchicine", "Colchicine is a first-line treatment of gout flares in adults.")
+CHILDREN_NOT = passage("Brenzal", "Brenzal is a tablet. Do not give Brenzal to children under 12 years.")
+PREGNANT_NOT = passage("Brenzal", "Brenzal is not safe in pregnancy.")
+WARNED = passage("Brenzal", "Giving Brenzal to children is not recommended.")
+FIRST_LINE = "Which drug is a first-line treatment of gout flares in adults?"
+OPTIONS = f"{FIRST_LINE}\nA. colchicine\nB. aspirin\nAnswer with the letter of the right option."
+
+
+@pytest.mark.parametrize("mode", ["drop", "withdraw", "mark"])
+@pytest.mark.parametrize(
+    ("question", "answer", "carried"),
+    [
+        (FIRST_LINE, "colchicine", True),
+        (FIRST_LINE, "aspirin", False),
+        (FIRST_LINE, "bananas", False),
+        (OPTIONS, "A", True),
+        (OPTIONS, "B", False),
+        (OPTIONS, "B. aspirin", False),
+    ],
+)
+def test_a_short_answer_must_stand_in_the_passage_itself(
+    question: str, answer: str, mode: Any, *, carried: bool
+) -> None:
+    checked = check_reply(
+        f"Answer: {answer}", question=question, passages=[COLCHICINE], abstain=ABSTAIN, unsupported=mode
+    )
+    assert (checked.support == "supported") == carried
+    assert RuleJudge().support(question, answer, [COLCHICINE]) == ("full" if carried else "none")
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "carried"),
+    [
+        ("Is the maximum dose of Brenzal 500 mg a day?", "The adult dose of Brenzal is 500 mg a day.", False),
+        ("What is the adult dose of Brenzal? Some say 500 mg.", "500 mg a day.", False),
+        ("What is the adult dose of Brenzal? Some say 500 mg.", "40 mg a day.", True),
+        ("Is the adult dose of Brenzal 500 mg a day?", "Yes", False),
+        ("Is the adult dose of Brenzal 40 mg a day?", "Yes", True),
+        ("What is the adult dose of Brenzal?", "The adult dose of Brenzal is 40 g once a day.", False),
+        ("What is the adult dose of Brenzal?", "The adult dose of Brenzal is 40 mg once a week.", False),
+        ("What is the adult dose of Sanivar?", "The adult dose of Sanivar is 40 mg once a day.", False),
+    ],
+)
+def test_numbers_and_names_of_the_question_are_no_evidence(
+    question: str, answer: str, *, carried: bool
+) -> None:
+    checked = check_reply(
+        f'"{DOSE[0]}" [1]\nAnswer: {answer}',
+        question=question,
+        passages=[BRENZAL],
+        abstain=ABSTAIN,
+        unsupported="drop",
+    )
+    assert (checked.support == "supported") == carried
+
+
+@pytest.mark.parametrize(
+    ("shown", "quote", "answer", "carried"),
+    [
+        (
+            CHILDREN_NOT,
+            "give Brenzal to children under 12 years",
+            "Give Brenzal to children under 12 years.",
+            False,
+        ),
+        (
+            CHILDREN_NOT,
+            "give Brenzal to children under 12 years",
+            "Do not give Brenzal to children under 12.",
+            True,
+        ),
+        (PREGNANT_NOT, "safe in pregnancy", "Brenzal is safe in pregnancy.", False),
+        (PREGNANT_NOT, "safe in pregnancy", "Brenzal is not safe in pregnancy.", True),
+        (WARNED, "Giving Brenzal to children", "Giving Brenzal to children is fine.", False),
+        (WARNED, "Giving Brenzal to children is not recommended.", "Give Brenzal to children.", False),
+    ],
+)
+def test_a_quote_cut_from_behind_its_negation_does_not_carry_the_opposite(
+    shown: Any, quote: str, answer: str, *, carried: bool
+) -> None:
+    citations, rejected = check_quotes([(quote, 1)], [shown])
+    assert not rejected
+    assert supports(answer, citations, [shown], question="What of Brenzal?") == carried
+    checked = check_reply(
+        f'"{quote}" [1]\nAnswer: {answer}',
+        question="What of Brenzal?",
+        passages=[shown],
+        abstain=ABSTAIN,
+        unsupported="drop",
+    )
+    assert (checked.support == "supported") == carried
+
+
+def test_a_negation_in_another_clause_changes_nothing() -> None:
+    shown = passage("Brenzal", "Brenzal is a tablet against hay fever that does not cause drowsiness.")
+    citations, _ = check_quotes([("Brenzal is a tablet against hay fever", 1)], [shown])
+    assert supports("Brenzal is a tablet against hay fever.", citations, [shown])
