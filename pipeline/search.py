@@ -22,7 +22,9 @@ from pipeline.imatrix import collect_imatrix
 from pipeline.metrics import mark_answer
 from pipeline.packing import encode_examples
 from pipeline.progress import Progress
+from pipeline.quantize import BITS_PER_WEIGHT
 from pipeline.roundings import Learning
+from pipeline.run_folder import check_space
 from pipeline.student import Base
 from pipeline.training_loop import Settings
 
@@ -93,7 +95,16 @@ def round_one(work: Work, rounding: Rounding, kind: GgufType, progress: Progress
 
 
 def search(work: Work, held_out: HeldOut, progress: Progress) -> tuple[Choice, list[Measured]]:
-    """Make, measure, choose. Only the chosen file stays."""
+    """Make, measure, choose. Only the chosen file stays; until then the disk holds them all.
+
+    Memory beside the student: one more copy of it in float32 while a candidate is made, and what GPTQ keeps
+    (`pipeline.gptq`); rotations learned on the KL also keep a rounded copy of every matrix and one step's activations.
+
+    Raises:
+        DataError: the disk can't hold the candidates.
+    """
+    weights = sum(weight.numel() for weight in work.network.parameters())
+    check_space(work.folder, int(weights / 8 * sum(BITS_PER_WEIGHT[each.kind] for each in CANDIDATES)))
     materials = work.materials()
     if held_out.caveat:
         progress.say(held_out.caveat)

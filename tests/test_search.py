@@ -1,9 +1,18 @@
-"""On which text the files of a search are compared."""
+"""On which text the files of a search are compared, and the room that they need."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from domains.errors import DataError
 from domains.records import Example, Message, Passage, Question
-from pipeline.search import unseen_passages
+from pipeline.progress import Silent
+from pipeline.search import HeldOut, Work, search, unseen_passages
 
 
 def passage(doc: str, part: int) -> Passage:
@@ -36,3 +45,14 @@ def test_what_training_may_have_seen_is_said() -> None:
     found, caveat = unseen_passages(PASSAGES, [EXAM], [row(*(each.passage_id for each in PASSAGES))])
     assert found == PASSAGES
     assert "passages that training rows show" in caveat
+
+
+def test_a_disk_that_cannot_hold_all_candidates_is_said_before_any_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = SimpleNamespace(free=5_000_000)  # the fifteen files of a million weights want 12 MB
+    monkeypatch.setattr("pipeline.run_folder.shutil.disk_usage", lambda _place: usage)
+    nothing: Any = None
+    work = Work(torch.nn.Linear(1000, 1000), nothing, nothing, tmp_path, (), 512, nothing)
+    with pytest.raises(DataError, match="5 MB free"):
+        search(work, HeldOut((), "", None, 1.0, 0.0), Silent())
