@@ -105,7 +105,11 @@ class CurateSection(Record):
     and the abstention as target (closing the gap between training and serving); ``abstention_share`` is
     the most that abstentions of all kinds may be of all rows.
     ``evidence`` says which passages the other rows show: ``gold`` those that the teacher saw, ``rationale``
-    those that BM25 finds with the rationale (KARD, arXiv 2305.18395). ``verifier`` says who decides whether a
+    those that BM25 finds with the rationale (KARD, arXiv 2305.18395). The ``tokens`` and ``text`` back-ends of
+    ``[reflect]`` draw passages of their own: there neither ``evidence`` nor ``retrieved_share`` may be set.
+    ``keep_per_question``: more than one is kept only where they make different rows: with ``rationale_in_target``, with
+    ``[reflect] drafts`` = ``explained``, with ``evidence`` = ``rationale`` where they find other passages, or where a question
+    has no gold quote and they quote other words. ``verifier`` says who decides whether a
     rationale entails the answer: ``rules``, or also a ``model`` that has to find the answer from the rationale
     alone. ``decontaminate_ngram`` is the length in words of an n-gram that no training question may share
     with an exam question.
@@ -142,7 +146,8 @@ class ReflectSection(Record):
     folder) of requests that need no document: rows of ``tokens`` that open with ``[No Retrieval]``. More than ``max_unparsed`` unreadable labels end the stage.
     At serving:
     retrieve where the normalised probability of ``[Retrieval]`` exceeds ``threshold``; the weights are of the
-    segment score. ``distracting``: what is said when every passage is judged beside the point. ``judge`` is the
+    segment score. ``distracting``: what is said when every passage is judged beside the point, by ``text`` and ``grader`` (``tokens``
+    answers from the best one all the same, and the key may not be set there). ``judge`` is the
     grader's: word overlap (``rules``), an OpenAI-compatible endpoint, or a second GGUF; ``rewrites`` is how often it
     may look again with other words when no passage is relevant.
     ``fit``: the calibrate stage fits ``threshold`` and weights of the ``tokens`` back-end by grid search on seed questions
@@ -253,7 +258,8 @@ class TrainSection(Record):
     ``base_rounding``: how qalora's and grid-lora's base gets onto the grid where its own file does not lie there:
     ``search`` looks for each block's scale, ``gptq`` rounds each layer for what the training rows make of the others
     (QA-LoRA's own way; nearer to the base, and minutes for 135M weights, hours for 3B on 2 cores).
-    ``objective``: cross-entropy, or also ``kl_weight`` times the divergence from a teacher at ``kl_temperature``:
+    ``objective``: cross-entropy (``ce``), or also (``ce+kl``, without which these three keys may not be set)
+    ``kl_weight`` times the divergence from a ``kl_teacher`` at ``kl_temperature``:
     the ``base`` before rounding, a student that another run finished from this base (the ``train`` folder
     of that run, relative to where the command is given), or a
     model with the same vocabulary.
@@ -344,7 +350,8 @@ class ServeSection(Record):
     ``unsupported``, what becomes of text that no passage supports: ``withdraw`` a whole answer without
     support (it becomes the abstention), ``drop`` every sentence without, ``mark`` it, or ``keep`` it. An answer that a
     ``[reflect]`` back-end lets the student give without any passage is shown whatever this says, and told as unsupported.
-    A bare yes or no is carried by any quote that stands: whether it speaks for or against is left to the reader.
+    A bare yes or no is carried by any quote that stands (a yes only by one with the numbers asked about): whether it
+    speaks for or against is left to the reader.
     ``max_wrong`` is the share of given answers that may be wrong: the assistant abstains where it is not
     sure enough for that (0: as sure or unsure as it is).
     ``kv_cache``: how keys and values of the context are kept. The quantized ones take 0.53 and 0.28 of the memory; before

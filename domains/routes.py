@@ -93,4 +93,31 @@ def contradictions(config: DomainConfig) -> list[str]:
             f"train.dropout = {train.dropout}: the adapter of method = {train.method!r} lies inside the weight, where "
             "no input can be dropped; write dropout = 0"
         )
+    return found + _idle(config)
+
+
+def _idle(config: DomainConfig) -> list[str]:
+    """Settings that would do nothing beside another one."""
+    train, curate, reflect = config.train, config.curate, config.reflect
+    found = []
+    for key in ("kl_weight", "kl_temperature", "kl_teacher"):
+        if train.objective == "ce" and getattr(train, key) != type(train).model_fields[key].default:
+            found.append(
+                f"train.{key} = {getattr(train, key)!r}: objective = 'ce' has no divergence; leave {key} out, or write "
+                'objective = "ce+kl"'
+            )
+    for key in ("evidence", "retrieved_share"):
+        if (
+            reflect.backend in {"tokens", "text"}
+            and getattr(curate, key) != type(curate).model_fields[key].default
+        ):
+            found.append(
+                f"curate.{key} = {getattr(curate, key)!r}: [reflect] backend = {reflect.backend!r} draws the passages of "
+                f'its rows itself; leave {key} out, or write backend = "none" or "grader"'
+            )
+    if reflect.backend == "tokens" and reflect.distracting != "abstain":
+        found.append(
+            f"reflect.distracting = {reflect.distracting!r}: backend = 'tokens' scores every passage and answers from the "
+            'best; leave distracting out, or write backend = "text" or "grader"'
+        )
     return found

@@ -15,12 +15,13 @@ then the shorter), near-duplicates and more than ``keep_per_question``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from domains.checks import Check, load_checks
+from domains.config import DomainConfig
 from domains.domain import Domain
 from domains.errors import StageError
 from domains.jsonl import read_jsonl, write_jsonl
@@ -33,7 +34,7 @@ from pipeline.progress import Progress
 from pipeline.questions import read_all_questions
 from pipeline.reflect_ground import Ground
 from pipeline.reflect_rows import token_rows
-from pipeline.rows import Kept, Origin, RowBuilder
+from pipeline.rows import Kept, Origin, RowBuilder, target
 from pipeline.run_folder import Report, Run, disk_errors, need
 from pipeline.verdict_rows import verdict_rows
 from pipeline.verify_model import verify_by_model
@@ -42,6 +43,7 @@ from serve.engine import Engine
 from serve.models import inference_gguf
 
 FEW_ROWS = 32
+REFLECTING = {"tokens", "text"}  # back-ends that want rows of their own
 ORIGINS = get_args(Origin)
 FEW = (
     "Few rows: the student will learn little. Commonest rejection: {}. "
@@ -80,7 +82,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
             ngram=domain.config.curate.decontaminate_ngram,
             near_duplicate=domain.config.curate.near_duplicate,
         )
-        kept, rejected = _check(domain, questions, rationales, retriever.index.by_id, guard, checks, progress)
+        kept, rejected = _check(domain, questions, rationales, retriever, guard, checks, progress)
         with disk_errors(run.folder):
             write_jsonl(run.kept, [_verified(item) for item in kept])
             write_jsonl(run.rejections, rejected)
@@ -90,7 +92,7 @@ def run(domain: Domain, run: Run, progress: Progress) -> Report:
         clear, contaminated = keep_clear(unanswerable, guard)
         progress.start("writing training rows", 0)
         facts: dict[str, Any] = {"exam_templates": guard.templates}
-        if domain.config.reflect.backend in {"tokens", "text"}:
+        if domain.config.reflect.backend in REFLECTING:
             general, double = keep_clear([each.as_question() for each in domain.read_instructions()], guard)
             contaminated = [*contaminated, *double]
             rows, counts, facts["critic"] = _reflecting(
@@ -154,8 +156,7 @@ def _reflecting(
         )
         build = verdict_rows
         if config.reflect.backend == "tokens":
-            explained = config.reflect.drafts == "explained"
-            build = partial(token_rows, instructions=general, explained=explained)
+            build = partial(token_rows, instructions=general, explained=_explained(config))
         rows, counts, labels = build(
             ground,
             kept,
@@ -196,7 +197,7 @@ def _check(
     domain: Domain,
     questions: Sequence[Question],
     rationales: Sequence[Rationale],
-    passages: Mapping[str, Passage],
+    retriever: Retriever,
     guard: ExamGuard,
     checks: Mapping[str, Check],
     progress: Progress,
@@ -204,12 +205,12 @@ def _check(
     config = domain.config
     judge = Judge(
         {question.id: question for question in questions},
-        passages,
+        retriever.index.by_id,
         guard,
         checks,
         min_words=config.curate.min_words,
         max_words=config.curate.max_words,
-        rationale_in_target=config.curate.rationale_in_target,
+        rationale_trained=_rationale_trained(config),
     )
     passed, rejected = judge.sort(rationales, progress)
     if config.curate.verifier == "model":
@@ -220,9 +221,35 @@ def _check(
         passed,
         keep_per_question=config.curate.keep_per_question,
         near_duplicate=config.curate.near_duplicate,
-        rationale_in_target=config.curate.rationale_in_target,
+        row_of=_row_of(domain, retriever),
     )
     return kept, [*rejected, *surplus]
+
+
+def _explained(config: DomainConfig) -> bool:
+    """Whether the rationale stands behind the answer, as segments."""
+    return config.reflect.backend == "tokens" and config.reflect.drafts == "explained"
+
+
+def _rationale_trained(config: DomainConfig) -> bool:
+    return config.curate.rationale_in_target or _explained(config)
+
+
+def _row_of(domain: Domain, retriever: Retriever) -> Callable[[Kept], Hashable]:
+    """What makes a rationale's row: two that give the same are one row twice.
+
+    Rows that reflect show passages drawn at random; there it is what they are drawn for and from.
+    """
+    config = domain.config
+    if config.reflect.backend not in REFLECTING:
+        return _builder(domain, retriever).row_of
+    trained = _rationale_trained(config)
+
+    def drawn(item: Kept) -> Hashable:
+        written = target(item.question, item.rationale, item.passages, rationale_in_target=trained)
+        return tuple(item.rationale.passages), written
+
+    return drawn
 
 
 def _verified(item: Kept) -> KeptRationale:

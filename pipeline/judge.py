@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from domains.checks import PASS, Check, Verdict
 from domains.records import Passage, Question, Rationale, Rejection, Verification
 from pipeline.decontaminate import ExamGuard
-from pipeline.near_duplicates import grams, jaccard
+from pipeline.near_duplicates import Gram, grams, jaccard
 from pipeline.progress import Progress
 from pipeline.rows import Kept, own_quotes, target
 from pipeline.verify import check_form, predicted, prose, quotes_stand, verify
@@ -26,7 +26,7 @@ class Judge:
         checks: the domain's own checks by name.
         min_words: fewest words of a rationale with its quotes.
         max_words: most words of it.
-        rationale_in_target: whether its text becomes part of the target.
+        rationale_trained: whether its text is trained on, before the answer or behind it.
     """
 
     questions: Mapping[str, Question]
@@ -35,7 +35,7 @@ class Judge:
     checks: Mapping[str, Check]
     min_words: int
     max_words: int
-    rationale_in_target: bool
+    rationale_trained: bool
 
     def sort(self, rationales: Sequence[Rationale], progress: Progress) -> tuple[list[Kept], list[Rejection]]:
         """The rationales that pass, and the others with the first reason against them."""
@@ -75,7 +75,7 @@ class Judge:
         verdict = verdict if not verdict.ok else quotes_stand(rationale, passages)
         if not verdict.ok:
             return verdict
-        completion = target(question, rationale, passages, rationale_in_target=self.rationale_in_target)
+        completion = target(question, rationale, passages, rationale_in_target=self.rationale_trained)
         if completion is None:
             return Verdict(ok=False, reason="no_quote", detail="no gold or own quote stands in its passages")
         verdict = self.guard.check(question.question, completion)
@@ -89,12 +89,21 @@ class Judge:
 
 
 def select(
-    passed: Sequence[Kept], *, keep_per_question: int, near_duplicate: float, rationale_in_target: bool
+    passed: Sequence[Kept],
+    *,
+    keep_per_question: int,
+    near_duplicate: float,
+    row_of: Callable[[Kept], Hashable],
 ) -> tuple[list[Kept], list[Rejection]]:
     """The best rationales of each question, without near-duplicates of a better one.
 
-    Best is: with a checked quote, then fewer words, then the earlier sample. Where the rationale is not
-    part of the target, a second one with the same passages would make the same row.
+    Best is: with a checked quote, then fewer words, then the earlier sample.
+
+    Args:
+        passed: those that passed the `Judge`.
+        keep_per_question: the most of one question.
+        near_duplicate: Jaccard similarity of word 3-grams from which two are the same.
+        row_of: what a rationale's row is made of; a second one with the same would make the same row.
 
     Returns:
         The kept ones in the order of the questions, and a rejection for each other one.
@@ -105,14 +114,16 @@ def select(
     kept: list[Kept] = []
     rejected: list[Rejection] = []
     for items in by_question.values():
-        chosen: list[Kept] = []
+        chosen: list[_Candidate] = []
         for item in sorted(items, key=_rank):
-            verdict = _fits(item, chosen, keep_per_question, near_duplicate, rationale_in_target)
+            text = item.rationale.text
+            candidate = _Candidate(item, row_of(item), grams(prose(text) or text))
+            verdict = _fits(candidate, chosen, keep_per_question, near_duplicate)
             if verdict.ok:
-                chosen.append(item)
+                chosen.append(candidate)
             else:
                 rejected.append(rejection(item.rationale, verdict))
-        kept += chosen
+        kept += [candidate.item for candidate in chosen]
     return kept, rejected
 
 
@@ -121,16 +132,20 @@ def _rank(item: Kept) -> tuple[bool, int, int]:
     return not quoted, len(item.rationale.text.split()), item.rationale.sample
 
 
-def _fits(
-    item: Kept, chosen: Sequence[Kept], most: int, threshold: float, rationale_in_target: bool
-) -> Verdict:
-    own = grams(prose(item.rationale.text) or item.rationale.text)
+@dataclass(frozen=True)
+class _Candidate:
+    item: Kept
+    row: Hashable
+    own: frozenset[Gram]  # what near-duplicates are recognised by
+
+
+def _fits(candidate: _Candidate, chosen: Sequence[_Candidate], most: int, threshold: float) -> Verdict:
     for better in chosen:
-        similarity = jaccard(own, grams(prose(better.rationale.text) or better.rationale.text))
-        twin = f"sample {better.rationale.sample}"
+        similarity = jaccard(candidate.own, better.own)
+        twin = f"sample {better.item.rationale.sample}"
         if similarity >= threshold:
             return Verdict(ok=False, reason="near_duplicate", detail=f"{similarity:.2f} with {twin}")
-        if not rationale_in_target and better.rationale.passages == item.rationale.passages:
+        if better.row == candidate.row:
             return Verdict(ok=False, reason="same_row", detail=f"{twin} makes the same training row")
     if len(chosen) >= most:
         return Verdict(ok=False, reason="surplus", detail=f"{most} per question are kept")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from domains.records import Answer, Question
 from domains.words import numbers
+from pipeline.negation import opposed
 from pipeline.wording import recall
 from rag.answers import parse_option, parse_yes_no
 
@@ -22,8 +23,8 @@ def is_given(answer: Answer) -> bool:
 def is_right(question: Question, answer: Answer) -> bool:
     """Whether a given answer says what the reference says; to an unanswerable question none does.
 
-    An open answer must have the reference's numbers and most of its content words; that it says more does
-    not make it wrong.
+    An open answer must have the reference's numbers and most of its content words, and must not say its opposite
+    (`pipeline.negation`); that it says more does not make it wrong.
     """
     reference = question.answer or ""
     if question.kind == "unanswerable":
@@ -32,7 +33,9 @@ def is_right(question: Question, answer: Answer) -> bool:
         return parse_option(answer.text, question.options or {}) == reference
     if question.kind == "yes_no":
         return parse_yes_no(answer.text) == reference
-    return numbers(reference) <= numbers(answer.text) and recall(reference, answer.text) >= MIN_RECALL
+    if not numbers(reference) <= numbers(answer.text) or recall(reference, answer.text) < MIN_RECALL:
+        return False
+    return not opposed(reference, answer.text)
 
 
 def is_right_and_supported(question: Question, answer: Answer) -> bool:

@@ -232,6 +232,10 @@ class RowBuilder:
             counts["rationale_missed"] += 1
         return self._answer(item, item.passages, "gold")
 
+    def row_of(self, item: Kept) -> str:
+        """The id of the row that a rationale makes where it is not drawn to show the question's own retrieval."""
+        return self._taught(item, Counter()).id
+
     def _irrelevant(self, kept: Sequence[Kept], wanted: int) -> list[Example]:
         """Up to ``wanted`` rows of answerable questions with the nearest passages that do not answer."""
         rows: list[Example] = []

@@ -165,7 +165,7 @@ STAGES = (
         code=(
             "pipeline.elicit", "pipeline.asking", "pipeline.ledger", "pipeline.teacher", "pipeline.teacher_endpoint",
             "pipeline.teacher_local", "pipeline.teacher_passages", "pipeline.teacher_prompt", "serve.engine", "serve.llama", "serve.llama_model",
-            *STRATEGIES, "pipeline.verify", "pipeline.decontaminate", "pipeline.near_duplicates", "pipeline.wording",
+            *STRATEGIES, "pipeline.verify", "pipeline.decontaminate", "pipeline.near_duplicates", "pipeline.wording", "pipeline.negation",
             "domains.words", "domains.checks", "rag.citations", "rag.prompt", "rag.untrusted", "rag.answers", *RETRIEVAL,
         ),
     ),
@@ -186,7 +186,7 @@ STAGES = (
             "pipeline.critic_prompts", "pipeline.critic_teacher", "pipeline.critic_trained", "pipeline.logistic", "pipeline.asking",
             "pipeline.ledger", "pipeline.teacher", "pipeline.teacher_endpoint", "pipeline.teacher_local",
             "rag.reflection", "rag.verdicts",
-            "pipeline.near_duplicates", "pipeline.wording", "domains.words", "domains.checks", "rag.citations",
+            "pipeline.near_duplicates", "pipeline.wording", "pipeline.negation", "domains.words", "domains.checks", "rag.citations",
             "rag.prompt", "rag.untrusted", "rag.answers", *RETRIEVAL,
         ),
     ),
@@ -199,7 +199,7 @@ STAGES = (
         prompts=(),
         code=(
             "pipeline.rerank", "pipeline.questions", "pipeline.ranking", "pipeline.bootstrap", "pipeline.rerank_pools", "pipeline.rerank_loss",
-            "pipeline.rerank_tower", "pipeline.rerank_train", "pipeline.rows", "pipeline.verify", "pipeline.wording",
+            "pipeline.rerank_tower", "pipeline.rerank_train", "pipeline.rows", "pipeline.verify", "pipeline.wording", "pipeline.negation",
             "domains.words", "domains.checks", "rag.answers", "rag.citations", "rag.prompt", "rag.untrusted", *RETRIEVAL,
         ),
     ),
@@ -228,7 +228,7 @@ STAGES = (
             *METHODS, "pipeline.exact_files", "pipeline.export", "pipeline.student_files", "pipeline.replays", "pipeline.merge", "pipeline.qlora", *LEVERS, *GPTQ, *ROUNDING,
             "pipeline.student", "pipeline.gguf_writer", "pipeline.gguf_lora", "pipeline.gguf_vocabulary", "pipeline.imatrix", *GRIDS,
             "pipeline.quantize", "serve.quantizer", "pipeline.bundle", "pipeline.parity", "pipeline.rows", "pipeline.verify",
-            "pipeline.wording", "pipeline.unpack", "pipeline.token_rows", "rag.reflection", "rag.verdicts",
+            "pipeline.wording", "pipeline.negation", "pipeline.unpack", "pipeline.token_rows", "rag.reflection", "rag.verdicts",
             "serve.engine", "serve.llama", "serve.llama_model", "domains.words", "domains.checks",
             "rag.citations", "rag.prompt", "rag.untrusted", "rag.answers", *RETRIEVAL,
         ),
@@ -242,7 +242,7 @@ STAGES = (
         prompts=("system",),
         code=(
             "pipeline.calibrate", "pipeline.fit_reflection", "pipeline.fit_yes_no", "pipeline.logistic", "pipeline.reflection_cases", "pipeline.metrics", "pipeline.development", "pipeline.fit", "pipeline.right", "pipeline.selective",
-            "pipeline.bootstrap", "pipeline.bundle", "pipeline.wording", "serve.assistant", "serve.checking",
+            "pipeline.bootstrap", "pipeline.bundle", "pipeline.wording", "pipeline.negation", "serve.assistant", "serve.checking",
             "serve.confidence", "serve.signals", "serve.options", "rag.options", "serve.yes_no", "rag.polarity",
             "serve.vote", "rag.sentences",
             *REFLECTION, "serve.reflection_fit", "rag.reflection", "rag.verdicts",
@@ -259,7 +259,7 @@ STAGES = (
         code=(
             "pipeline.exam", "pipeline.arms", "pipeline.metrics", "pipeline.bootstrap", "pipeline.summary",
             "pipeline.verdict", "pipeline.report", "pipeline.plots", "pipeline.base_gguf", "pipeline.token_rows", "pipeline.reflection_report",
-            "pipeline.bundle", "pipeline.right", "pipeline.selective", "pipeline.selective_report", "pipeline.wording",
+            "pipeline.bundle", "pipeline.right", "pipeline.selective", "pipeline.selective_report", "pipeline.wording", "pipeline.negation",
             "serve.assistant", "serve.checking", "serve.confidence", "serve.signals", "serve.options", "rag.options", "serve.yes_no", "rag.polarity", "serve.vote", "rag.sentences", *REFLECTION, "serve.reflection_fit", "rag.reflection", "rag.verdicts",
             "serve.engine", "serve.llama", "serve.llama_model", "domains.words", "rag.citations", "rag.prompt", "rag.untrusted", "rag.answers", *RETRIEVAL,
         ),

@@ -1,8 +1,9 @@
 """KARD's filter without a second model (arXiv 2305.18395 §3.1): the rationale must entail the gold answer.
 
 The teacher saw the answer, so agreement alone proves nothing: a rationale is kept only if its own words
-and quotes carry the answer. The paper asks a judge model; here rules do, which reject more (a correct
-paraphrase may fail) and never accept a rationale for another answer.
+and quotes carry the answer. The paper asks a judge model; here rules do, which reject more: a correct
+paraphrase may fail. Another option, another number and a negation on one side only are seen (`pipeline.negation`);
+of an open answer, other words for its opposite ("unsafe") are not, if enough of its own stand beside them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from domains.checks import PASS, Verdict
 from domains.records import Passage, Question, Rationale
 from domains.words import numbers, squash
+from pipeline.negation import opposed
 from pipeline.wording import content_words, recall
 from rag.answers import is_abstention, parse_option, parse_reply, parse_yes_no
 from rag.citations import check_quotes
@@ -102,8 +104,11 @@ def predicted(question: Question, rationale: Rationale) -> str:
 
 def _said(rationale: Rationale) -> str:
     """Prose and quotes, without the answer line: what has to carry the answer."""
-    quotes = " ".join(quote for quote, _ in parse_reply(rationale.text).quotes)
-    return f"{prose(rationale.text)} {quotes}"
+    return f"{prose(rationale.text)} {_quoted(rationale)}"
+
+
+def _quoted(rationale: Rationale) -> str:
+    return " ".join(quote for quote, _ in parse_reply(rationale.text).quotes)
 
 
 def _verify_options(question: Question, rationale: Rationale) -> Verdict:
@@ -177,13 +182,20 @@ def _verify_open(question: Question, rationale: Rationale) -> Verdict:
     if share < MIN_RECALL:
         detail = f"has {share:.0%} of the reference's words, {MIN_RECALL:.0%} are needed"
         return Verdict(ok=False, reason="does_not_support_answer", detail=detail)
+    # Each by itself: a quote that says the answer must not hide that the teacher says the opposite.
+    for part in (prose(rationale.text), _quoted(rationale)):
+        if opposed(gold, part):
+            detail = f"{squash(part)[:80]!r} says the opposite of {gold[:60]!r}"
+            return Verdict(ok=False, reason="contradicts_answer", detail=detail)
     return PASS
 
 
 def _agrees(gold: str, stated: str) -> bool:
-    """Enough of the reference's words, and not other numbers in the place of its own."""
+    """Enough of the reference's words, not its opposite, and not other numbers in the place of its own."""
     wanted, given = numbers(gold), numbers(stated)
-    return recall(gold, stated) >= MIN_ANSWER_RECALL and not (wanted and given and not wanted & given)
+    if recall(gold, stated) < MIN_ANSWER_RECALL or opposed(gold, stated):
+        return False
+    return not (wanted and given and not wanted & given)
 
 
 def as_shown(passages: Sequence[Passage]) -> list[Passage]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from domains.words import NUMBER_WORDS
@@ -24,7 +24,13 @@ _LIST_MARK = re.compile(r"(?:[-*+•]|\d{1,3}[.)])\s+(?:\[[ xX]\]\s+)?")
 
 def content_words(text: str) -> set[str]:
     """The distinct content words of ``text``: no stop words, Snowball stems, number words as digits."""
-    return set(stem([NUMBER_WORDS.get(word, word) for word in words(text) if word not in _STOP]))
+    return {each for each in content_stems(words(text)) if each is not None}
+
+
+def content_stems(text_words: Sequence[str]) -> list[str | None]:
+    """Of each word of `words` what `content_words` counts it as; None for a stop word."""
+    stems = stem([NUMBER_WORDS.get(word, word) for word in text_words])
+    return [None if word in _STOP else each for word, each in zip(text_words, stems, strict=True)]
 
 
 def recall(reference: str, text: str) -> float:

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 
 from domains.records import Question
+from domains.words import squash
 
 _QUOTE = re.compile(r"[\"“]([^\"“”\n]{8,600})[\"”]\s*[.,;]?\s*\[(\d{1,2})\]")
 _ANSWER = re.compile(r"(?:^|\n|(?<=[.\]] ))\s*\**Answer\**\s*:\**[ \t]*", re.IGNORECASE)
@@ -89,13 +90,19 @@ def is_abstention(answer: str, *, abstain: str) -> bool:
 def parse_option(answer: str, options: dict[str, str]) -> str | None:
     """The option letter an answer names, or None where it names none (counted as wrong).
 
-    Reads a leading letter, else an answer that repeats exactly one option's text.
+    Reads a leading letter, else an answer that repeats exactly one option's text, whatever the case, in whole words
+    ("Male" does not stand in "female", nor "5 mg" in "2.5 mg"). Inside a longer option's text that the answer
+    repeats, a shorter one does not count: "iron deficiency" names no "iron".
     """
     if match := _LETTER.match(answer):
         letter = (match[1] or match[2]).upper()
         return letter if letter in options else None
-    said = answer.lower()
-    named = [key for key, text in options.items() if text.lower().strip(" .") in said]
+    texts = {key: squash(text).casefold().strip(" .") for key, text in options.items()}
+    # Of texts that begin at the same place the first in the pattern is taken: the longest.
+    known = sorted((re.escape(text) for text in texts.values() if text), key=len, reverse=True)
+    pattern = rf"(?<!\w)(?<!\d[.,])(?:{'|'.join(known)})(?!\w|[.,]\d)"
+    said = set(re.findall(pattern, squash(answer).casefold())) if known else set()
+    named = [key for key, text in texts.items() if text in said]
     return named[0] if len(named) == 1 else None
 
 

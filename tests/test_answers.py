@@ -51,6 +51,31 @@ def test_option_letters(answer: str, letter: str | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "answer", "letter"),
+    [
+        ({"A": "Male", "B": "Female"}, "Female", "B"),
+        ({"A": "Male", "B": "Female"}, "It is female.", "B"),
+        ({"A": "Male", "B": "Female"}, "male or female", None),
+        ({"A": "Iron", "B": "Zinc"}, "The environment", None),
+        ({"A": "Iron", "B": "Iron deficiency"}, "It is iron deficiency.", "B"),
+        ({"A": "Deficiency", "B": "Iron  deficiency."}, "It is Iron\ndeficiency", "B"),
+        ({"A": "Iron", "B": "Iron deficiency"}, "Iron, from which comes iron deficiency", None),
+        ({"A": "Iron", "B": "Iron deficiency"}, "It is iron.", "A"),
+        ({"A": "5 mg", "B": "10 mg"}, "It is 2.5 mg", None),
+        ({"A": "5 mg", "B": "2.5 mg"}, "It is 2.5 mg", "B"),
+        ({"A": "in 5", "B": "in 6"}, "It is one in 5.5", None),
+        ({"A": "Same", "B": "same"}, "The same", None),
+        ({"A": " .", "B": "C++ (a language)"}, "It is c++ (a language).", "B"),
+        ({"A": "."}, "Nothing.", None),
+    ],
+)  # fmt: skip
+def test_an_options_text_is_repeated_in_whole_words(
+    options: dict[str, str], answer: str, letter: str | None
+) -> None:
+    assert parse_option(answer, options) == letter
+
+
+@pytest.mark.parametrize(
     ("answer", "said"),
     [("Yes.", "yes"), ("no, never", "no"), ("Maybe", "maybe"), ("Not really", None), ("", None)],
 )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from domains.domain import load_domain
+from domains.domain import Domain, load_domain
 from domains.errors import ConfigError, StageError
 from domains.jsonl import read_jsonl, write_jsonl
 from domains.records import Document, Example, KeptRationale, Passage, Question, Quote, Rationale, Rejection
@@ -131,7 +131,7 @@ def judge(**more) -> Judge:
         "checks": {},
         "min_words": 4,
         "max_words": 60,
-        "rationale_in_target": False,
+        "rationale_trained": False,
     }
     return Judge(**{**fields, **more})
 
@@ -139,6 +139,11 @@ def judge(**more) -> Judge:
 def builder(retrieve, **more) -> RowBuilder:
     fields = {"system": "S", "abstain": ABSTAIN, "top_k": 2, "rationale_in_target": False, "seed": 0}
     return RowBuilder(retrieve=retrieve, **{**fields, **more})
+
+
+def by_text(item: Kept) -> str:
+    """What a row is made of where it has the rationale's own words."""
+    return item.rationale.text
 
 
 def finds_home(query: str, top_k: int) -> list[Passage]:
@@ -218,10 +223,10 @@ def test_the_best_rationale_of_a_question_is_kept():
     best = rationale(asked, sample=0)
     passed, rejected = judge().sort([unquoted, longer, twin, best], Silent())
     assert rejected == []
-    kept, surplus = select(passed, keep_per_question=1, near_duplicate=0.8, rationale_in_target=True)
+    kept, surplus = select(passed, keep_per_question=1, near_duplicate=0.8, row_of=by_text)
     assert [item.rationale.sample for item in kept] == [0]
     assert {item.sample: item.reason for item in surplus} == {1: "surplus", 2: "near_duplicate", 3: "surplus"}
-    kept, surplus = select(passed, keep_per_question=3, near_duplicate=1.1, rationale_in_target=False)
+    kept, surplus = select(passed, keep_per_question=3, near_duplicate=1.1, row_of=builder(misses).row_of)
     assert len(kept) == 3
     # The same passages make the same row, when the rationale is not part of it.
     same = [
@@ -229,10 +234,54 @@ def test_the_best_rationale_of_a_question_is_kept():
         for n, item in enumerate(passed)
     ]
     same = [Kept(asked, item.rationale, same[0].passages) for item in same]
-    kept, surplus = select(same, keep_per_question=3, near_duplicate=1.1, rationale_in_target=False)
+    kept, surplus = select(same, keep_per_question=3, near_duplicate=1.1, row_of=builder(misses).row_of)
     assert (len(kept), {item.reason for item in surplus}) == (1, {"same_row"})
 
 
+def test_a_whole_exam_question_in_a_rationale_is_refused_where_it_is_trained_on():
+    leaks = rationale(seeds()[0], words=LEAK)
+    assert judge(rationale_trained=True).judge(leaks).reason == "exam_ngram"
+    assert isinstance(judge(rationale_trained=False).judge(leaks), Kept)
+
+
+def test_rationales_that_find_other_passages_make_rows_of_their_own():
+    asked = seeds()[0]
+    said = [
+        "unlike silver birch ",
+        "unlike velvet cedar, which is another one altogether ",
+        "as anybody can see quite plainly here, unlike silver birch ",
+    ]
+    given = [rationale(asked, words=words).model_copy(update={"sample": n}) for n, words in enumerate(said)]
+    passed, _ = judge().sort(given, Silent())
+    own = {"keep_per_question": 3, "near_duplicate": 1.0}
+    maker = builder(misses, by_rationale=finds_words)
+    kept, surplus = select(passed, row_of=maker.row_of, **own)
+    assert [item.rationale.sample for item in kept] == [0, 1]
+    assert [(item.sample, item.reason) for item in surplus] == [(2, "same_row")]
+    rows, _ = maker.build(kept, [], retrieved_share=0, irrelevant_share=0, abstention_share=0.3)
+    assert [row.origin for row in rows] == ["rationale", "rationale"]
+    assert rows[0].passages != rows[1].passages
+    assert rows[0].id != rows[1].id
+    # Shown what the teacher saw, they make one row; written out, each its own.
+    assert len(select(passed, row_of=builder(misses).row_of, **own)[0]) == 1
+    written = builder(misses, by_rationale=finds_words, rationale_in_target=True)
+    assert len(select(passed, row_of=written.row_of, **own)[0]) == 3
+
+
+def test_without_gold_quotes_other_own_quotes_make_another_row():
+    asked = seeds()[0].model_copy(update={"gold": []})
+    colour, price = (passage.text for passage in passages() if passage.doc_id == "alder")
+    said = "So we read that they wear copper coats.\nAnswer: They wear copper coats."
+    given = [
+        rationale(asked).model_copy(update={"sample": n, "text": f"{quotes}\n{said}"})
+        for n, quotes in enumerate([f'"{colour}" [2]', f'"{colour}" [2]\n"{price}" [3]'])
+    ]
+    both = [Kept(asked, each, [p for p in passages() if p.doc_id == "alder"]) for each in given]
+    kept, _ = select(both, keep_per_question=2, near_duplicate=1.1, row_of=builder(misses).row_of)
+    assert len(kept) == 2
+
+
+LEAK = 'asks "What do they put on at the hazel club?" and '
 ABSTENTIONS = 0.3
 
 # -- rows ----------------------------------------------------------------------------------------------
@@ -381,14 +430,13 @@ def test_counts_add_up_for_any_mix(mix, retrieved, irrelevant, per_question, spa
         rationale(seed_questions[which], good=good, sample=sample, words=f"number {sample} " * sample)
         for which, good, sample in mix
     ]
-    passed, rejected = judge(rationale_in_target=in_target).sort(rationales, Silent())
-    kept, surplus = select(
-        passed, keep_per_question=per_question, near_duplicate=0.85, rationale_in_target=in_target
-    )
+    passed, rejected = judge(rationale_trained=in_target).sort(rationales, Silent())
+    maker = builder(retrieve, rationale_in_target=in_target)
+    kept, surplus = select(passed, keep_per_question=per_question, near_duplicate=0.85, row_of=maker.row_of)
     assert len(kept) + len(rejected) + len(surplus) == len(rationales)
     assert all(rejection.reason and rejection.detail for rejection in [*rejected, *surplus])
     assert max(Counter(item.question.id for item in kept).values(), default=0) <= per_question
-    rows, counts = builder(retrieve, rationale_in_target=in_target).build(
+    rows, counts = maker.build(
         kept,
         nobody()[:spare],
         retrieved_share=retrieved,
@@ -460,6 +508,61 @@ def test_the_stage_writes_rows_and_rejections_that_add_up(made):
     before = run.examples.read_bytes()
     curate.run(load_domain(str(folder)), run, Silent())
     assert run.examples.read_bytes() == before
+
+
+def curated(folder: Path, run: Run, given: list[Rationale], **changes: dict) -> Counter[str]:
+    """Curate with other settings, by section; the reasons of what was rejected."""
+    domain = load_domain(str(folder))
+    config = domain.config
+    sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
+    said = {item.text for item in given}
+    write_jsonl(run.rationales, given)
+    curate.run(Domain(domain.folder, config.model_copy(update=sections), domain.prompts), run, Silent())
+    return Counter(item.reason for item in read_jsonl(run.rejections, Rejection) if item.text in said)
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({}, False),
+        ({"curate": {"rationale_in_target": True}}, True),
+        ({"reflect": {"backend": "tokens"}}, False),
+        ({"reflect": {"backend": "tokens", "drafts": "explained"}}, True),
+        ({"reflect": {"backend": "text", "drafts": "explained"}}, False),  # drafts are of tokens
+    ],
+)
+def test_the_exam_guard_reads_what_is_trained_on(made, settings, *, refused):
+    folder, run_folder = made
+    run = Run(run_folder)
+    given = [indexed(question, run_folder) for question in seeds()[1:]]
+    given.append(indexed(seeds()[0], run_folder, words=LEAK))
+    reasons = curated(folder, run, given, **settings)
+    assert reasons == ({"exam_ngram": 1} if refused else {})
+    rows = read_jsonl(run.examples, Example)
+    assert not any("hazel club?" in row.completion for row in rows)
+
+
+def test_several_rationales_of_a_question_are_kept_where_their_rows_differ(made):
+    folder, run_folder = made
+    run = Run(run_folder)
+    given = [
+        indexed(question, run_folder, words=words).model_copy(
+            update={"sample": n, "request": f"r-{question.id}-{n}"}
+        )
+        for question in seeds()
+        for n, words in enumerate(["unlike birch and silver ", "unlike the velvet that we know from cedar "])
+    ]
+    keep = {"keep_per_question": 2, "retrieved_share": 0.0}
+    tokens = {"backend": "tokens", "no_retrieval_share": 1.0}
+    assert curated(folder, run, given, curate=keep)["same_row"] == 14
+    assert curated(folder, run, given, curate=keep, reflect=tokens)["same_row"] == 14
+    found = curated(folder, run, given, curate=keep | {"evidence": "rationale"})
+    rows = [row for row in read_jsonl(run.examples, Example) if row.origin == "rationale"]
+    assert found["same_row"] < 14
+    assert len({row.id for row in rows}) == len(rows) > 14
+    explained = tokens | {"drafts": "explained"}
+    assert curated(folder, run, given, curate=keep, reflect=explained) == {}
+    assert len(read_jsonl(run.kept, KeptRationale)) == 28
 
 
 def test_zero_kept_is_an_error_with_the_commonest_reason(made):

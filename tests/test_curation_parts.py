@@ -237,6 +237,41 @@ def test_open_rationale_must_carry_the_answer():
     assert verify(asked, rationale("Crystals of urate settle in joints.", "Urate crystals")).ok
 
 
+@pytest.mark.parametrize(
+    ("text", "answer", "reason"),
+    [
+        ("Brenzal is safe in pregnancy.", "It is safe.", ""),
+        ("Brenzal is not safe in pregnancy.", "Brenzal is not safe in pregnancy.", "contradicts_answer"),
+        ("Brenzal is safe in pregnancy.", "Not safe.", "teacher_answer"),
+        ("Brenzal isn't safe in pregnancy, says the note.", "Safe.", "contradicts_answer"),
+        # A quote that says the answer does not make good what the teacher says of it, nor the other way round.
+        (
+            '"Brenzal is safe in pregnancy." [1]\nSo Brenzal cannot be safe in pregnancy.',
+            "Safe.",
+            "contradicts_answer",
+        ),
+        (
+            '"Brenzal is not safe in pregnancy." [1]\nSo Brenzal is safe in pregnancy.',
+            "Safe.",
+            "contradicts_answer",
+        ),
+        # The sentence that has most of the reference's words decides.
+        ("No dose must be left out. Brenzal is safe in pregnancy. It does not harm.", "Safe.", ""),
+    ],
+)
+def test_an_open_rationale_must_not_say_the_opposite(text, answer, reason):
+    asked = question(text="Is Brenzal safe in pregnancy?", answer="Brenzal is safe in pregnancy.")
+    assert verify(asked, rationale(text, answer)).reason == reason
+
+
+def test_an_open_rationale_must_deny_what_the_answer_denies():
+    asked = question(text="Is Moltrex given to children?", answer="Moltrex is never given to children.")
+    assert verify(asked, rationale("Moltrex is given to children.", "x")).reason == "teacher_answer"
+    said = "Moltrex is given to children, says the note."
+    assert verify(asked, rationale(said, said)).reason == "contradicts_answer"
+    assert verify(asked, rationale("Children must not be given Moltrex.", "Never to children.")).ok
+
+
 def test_the_rules_say_which_answer_they_read():
     options = question("options", "Which side effect is common?", "B", options=OPTIONS)
     closed = question("yes_no", "Does it?", "no", gold=[Quote(doc_id="d1", quote="It acts on the liver.")])

@@ -74,12 +74,36 @@ def test_a_profile_may_choose_another_method() -> None:
         ),
         ('[train]\nmethod = "qat"\nbase_rounding = "gptq"\n', r"base_rounding = 'gptq': .*\"qalora\""),
         ('[train]\nbase_rounding = "gptq"\n', r"base_rounding = 'gptq': .*\"grid-lora\""),
+        ("[train]\nkl_weight = 2.0\n", r"train\.kl_weight = 2\.0: .*\"ce\+kl\""),
+        ("[train]\nkl_temperature = 2.0\n", r"train\.kl_temperature = 2\.0: .*\"ce\+kl\""),
+        ('[train]\nkl_teacher = "x"\n', r"train\.kl_teacher = 'x': .*\"ce\+kl\""),
+        (
+            '[curate]\nevidence = "rationale"\n[reflect]\nbackend = "tokens"\n',
+            r"curate\.evidence = 'rationale': .*'tokens'",
+        ),
+        (
+            '[curate]\nretrieved_share = 0.5\n[reflect]\nbackend = "text"\n',
+            r"curate\.retrieved_share = 0\.5: .*'text'",
+        ),
+        (
+            '[reflect]\nbackend = "tokens"\ndistracting = "answer"\n',
+            r"reflect\.distracting = 'answer': .*\"text\" or \"grader\"",
+        ),
         ('[train]\nmethod = "lora"\n', r"train\.method = 'lora'"),
     ],
 )
 def test_contradictions_are_named_with_what_to_write(text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         config(text)
+
+
+def test_what_is_used_is_no_contradiction() -> None:
+    used = '[train]\nobjective = "ce+kl"\nkl_weight = 2.0\nkl_temperature = 2.0\nkl_teacher = "x"\n'
+    assert config(used).train.kl_teacher == "x"
+    assert config('[curate]\nevidence = "rationale"\nretrieved_share = 0.1\n').curate.evidence == "rationale"
+    for backend in ("text", "grader"):
+        text = f'[reflect]\nbackend = "{backend}"\ndistracting = "answer"\n'
+        assert config(text).reflect.distracting == "answer"
 
 
 def test_contradictions_stand_beside_other_mistakes_of_other_profiles() -> None:

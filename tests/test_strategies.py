@@ -336,6 +336,21 @@ def test_answers_agree_by_words_and_numbers() -> None:
     assert not agree("Every month", "Every week")
 
 
+def test_answers_with_another_number_of_the_same_do_not_agree() -> None:
+    assert not agree("Every 3 months", "Every month")
+    assert not agree("Every month", "Every three months")
+    assert not agree("500 mg three times a day", "500 mg a day")
+    assert not agree("2 tablets every month", "2 tablets every 3 months")
+    assert agree("500 mg", "500 mg three times a day")
+    assert agree("An expired certificate", "An expired certificate, for 47 minutes")
+
+
+def test_the_opposite_answer_does_not_agree() -> None:
+    assert not agree("It is safe to open it", "It is not safe to open it")
+    assert not agree("It must not be opened", "It must be opened")
+    assert agree("It must not be opened", "It mustn't be opened")
+
+
 # -- critique_revise -----------------------------------------------------------------------------------
 
 REVISE = as_json({"issues": ["Say what it is cleaned with."], "score": 5, "revise": True})

@@ -16,15 +16,17 @@ from domains.steps import GenerateQuestionsStep, StepOptions
 from domains.words import find_literal, numbers, squash
 from pipeline.decontaminate import ExamGuard
 from pipeline.near_duplicates import NearDuplicates, grams
+from pipeline.negation import opposed
 from pipeline.strategies.context import Ask, Ctx, Said
 from pipeline.strategies.outcome import ended, failed, question_of, rejected, unparsed
 from pipeline.strategies.parse import Unparsed, json_objects
 from pipeline.strategies.refusal import refusal
 from pipeline.strategies.row import Check, Made, Row, child
 from pipeline.strategies.strategy import Cost
-from pipeline.wording import recall
+from pipeline.wording import content_stems, content_words, recall
 from rag.answers import is_abstention, parse_reply
 from rag.untrusted import fenced
+from rag.words import words
 
 PROMPTS = {
     "generate_questions": """Write {count} questions that the passage below answers, for people who do not have it before them.
@@ -213,8 +215,8 @@ def _answered(rows: Sequence[Row], ctx: Ctx) -> Iterator[Row]:
 def _agreed(row: Row, said: Said) -> Row:
     if said.error:
         return failed(row, said)
-    if words := refusal(said.text):
-        return rejected(row, "refusal", words)
+    if refused := refusal(said.text):
+        return rejected(row, "refusal", refused)
     reply = parse_reply(said.text)
     if said.truncated or not reply.has_answer_line or not reply.answer:
         return unparsed(row, Unparsed("truncated" if said.truncated else "no_answer_line", said.text[-80:]))
@@ -227,11 +229,23 @@ def _agreed(row: Row, said: Said) -> Row:
 
 
 def agree(expected: str, given: str) -> bool:
-    """Whether two short answers say the same: no other numbers, and most words of the shorter one."""
-    first, second = numbers(expected), numbers(given)
-    if first and second and not first & second:
+    """Whether two short answers say the same: numbers, negation, and most words of the shorter one.
+
+    All expected numbers must be given. Further ones may stand beside them, but not before an expected word that
+    was expected without: "every 3 months" is not "every month".
+    """
+    newly_counted = (_counted(given) - _counted(expected)) & content_words(expected)
+    if newly_counted or not numbers(expected) <= numbers(given) or opposed(expected, given):
         return False
     return max(recall(expected, given), recall(given, expected)) >= MIN_AGREEMENT
+
+
+def _counted(text: str) -> set[str]:
+    """The content words that stand right behind a number, and are none."""
+    said = words(text)
+    stems = content_stems(said)
+    behind = {stem for word, stem in zip(said, stems[1:], strict=False) if stem and numbers(word)}
+    return {stem for stem in behind if not numbers(stem)}
 
 
 def estimate(n_rows: int, options: StepOptions, samples: int) -> Cost:  # noqa: ARG001
