@@ -71,7 +71,7 @@ def prepare_layers(layers: Iterable[Any], dtype: torch.dtype) -> None:
             _parts_of(layer, dtype)
 
 
-# Per layer what its groups were made of, and the groups; only of layers whose weights lie in memory anyway.
+# Per layer what its groups were made of, and the groups: these hold weights only that lie in memory anyway.
 _made: WeakKeyDictionary[Any, tuple[object, _Parts]] = WeakKeyDictionary()
 
 
@@ -137,7 +137,7 @@ class _Layer(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, parts: _Parts, reading: Reading, *_: torch.Tensor
     ) -> torch.Tensor:
         out, kept = _forward(parts, hidden, reading)
-        ctx.parts, ctx.reading = parts, reading
+        ctx.parts, ctx.reading = parts, reading  # no weight read back from NF4: see `LinearGroup`
         ctx.kept = hidden if reading.checkpoint else kept
         return out
 

@@ -24,6 +24,10 @@ class Lora:
 class LinearGroup:
     """y = x Wᵀ + s x Aᵀ Bᵀ for the stacked outputs of ``layers``.
 
+    Keeps the layers' own weights, no others: what must be read back from NF4 (or cast) first is read back at every
+    use, in the forward and in the backward pass. A group lives from the one to the other, in every layer and every
+    pack that runs; kept there, the weights would lie in memory as if they were not quantized, once per pack.
+
     Args:
         layers: linear layers or LoRA layers around such; see `groupable`.
         dtype: of the arithmetic.
@@ -32,9 +36,24 @@ class LinearGroup:
     def __init__(self, layers: Sequence[Any], dtype: torch.dtype) -> None:
         self.loras = [lora_of(layer) for layer in layers]
         bases = [layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer for layer in layers]
-        self.weight = _joined(bases, dtype)
         self.sizes = [base.out_features for base in bases]
+        self._bases, self._dtype = bases, dtype
+        in_memory = all(type(base) is nn.Linear and base.weight.dtype == dtype for base in bases)
+        self._weight = _joined(bases) if in_memory else None
         self._stacked = self._stack(dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The layers' weights below each other, [out, in]."""
+        if self._weight is not None:
+            return self._weight
+        if len(self._bases) == 1:
+            return base_weight(self._bases[0], self._dtype).detach()
+        shape, device = (sum(self.sizes), self._bases[0].in_features), self._bases[0].weight.device
+        made = torch.empty(shape, dtype=self._dtype, device=device)
+        for part, base in zip(torch.split(made, self.sizes), self._bases, strict=True):
+            part.copy_(base_weight(base, self._dtype).detach())  # one at a time: less than all and their copy
+        return made
 
     @property
     def parameters(self) -> list[torch.Tensor]:
@@ -93,8 +112,7 @@ class LinearGroup:
 def groupable(layer: Any) -> bool:
     """Whether a layer computes what `LinearGroup` does: nothing else acts on its input, weight or output."""
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    plain = type(base) is nn.Linear or type(base).__name__ == "Linear4bit"
-    if not plain or base.bias is not None:
+    if not _is_plain(base) or base.bias is not None:
         return False
     if nn.utils.parametrize.is_parametrized(base) or base.weight.requires_grad:
         return False
@@ -102,20 +120,24 @@ def groupable(layer: Any) -> bool:
 
 
 def state_of(layers: Sequence[Any], dtype: torch.dtype) -> object | None:
-    """What a `LinearGroup` of ``layers`` was made of: equal while it holds; None where it must not be kept.
+    """What a `LinearGroup` of ``layers`` was made of: equal while it holds.
 
-    (Weights that are read back from NF4 at every use would all stay in memory.)
+    None for layers of another kind; groups of these are made anew at every use.
     """
     found: list[object] = [dtype]
     for layer in layers:
         base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-        if type(base) is not nn.Linear or base.weight.dtype != dtype:
+        if not _is_plain(base):
             return None
         found += [base.weight.data_ptr(), base.weight._version]
         lora = lora_of(layer)
         if lora:
             found += [id(lora.a), lora.a._version, id(lora.b), lora.b._version, lora.scaling]
     return found
+
+
+def _is_plain(base: Any) -> bool:
+    return type(base) is nn.Linear or type(base).__name__ == "Linear4bit"
 
 
 def lora_of(layer: Any) -> Lora | None:
@@ -126,9 +148,9 @@ def lora_of(layer: Any) -> Lora | None:
     return Lora(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
 
 
-def _joined(bases: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
-    """The weights below each other, without a copy from the second time on where they are plain ones."""
-    weights = [base_weight(base, dtype) for base in bases]
+def _joined(bases: Sequence[nn.Linear]) -> torch.Tensor:
+    """The weights below each other, without a copy from the second time on."""
+    weights = [base.weight for base in bases]
     if len(weights) == 1:
         return weights[0]
     first = weights[0]
@@ -144,9 +166,8 @@ def _joined(bases: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
             if room >= size * first.shape[1]:
                 return first.detach().as_strided((size, first.shape[1]), (first.shape[1], 1))
     joined = torch.cat([weight.detach() for weight in weights])
-    if all(type(base) is nn.Linear and base.weight.dtype == dtype for base in bases):
-        start = 0
-        for base in bases:  # the layers' own weights become parts of the joined one: no memory is lost
-            base.weight.data = joined[start : start + base.out_features]
-            start += base.out_features
+    start = 0
+    for base in bases:  # the layers' own weights become parts of the joined one: no memory is lost
+        base.weight.data = joined[start : start + base.out_features]
+        start += base.out_features
     return joined

@@ -7,6 +7,7 @@ NF4 again, which loses part of the adapter; here the sum stays in float32.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from domains.errors import ModelError
@@ -15,6 +16,25 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.methods.method import Trained
+
+
+def check_biases(base: str, config: Mapping[str, Any]) -> None:
+    """Pass if the linear layers of a base have no biases: neither `merge_adapter` nor the GGUF writer has a place for them.
+
+    Args:
+        base: its name.
+        config: its config.json.
+
+    Raises:
+        ModelError: they have.
+    """
+    found = [key for key in ("attention_bias", "mlp_bias") if config.get(key)]
+    if found:
+        raise ModelError(
+            f"the linear layers of the base model {base!r} have biases ({' and '.join(found)} in its config.json)",
+            expected="layers without biases, as Llama's: they could be trained on, but not exported",
+            next_step="name another base in [student] of domain.toml",
+        )
 
 
 def plain_network(trained: Trained) -> Any:
@@ -39,13 +59,14 @@ def merge_adapter(model: Any) -> Any:
         The ``LlamaForCausalLM`` inside, in eval mode; its ``state_dict`` has the usual names.
 
     Raises:
-        ModelError: there is no adapter in the model, or a merged weight is no number.
+        ModelError: there is no adapter in the model, it has biases, or a merged weight is no number.
     """
     import torch
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import TrainableTokensWrapper
 
     network = model.get_base_model() if hasattr(model, "get_base_model") else model
+    check_biases(network.config.name_or_path, network.config.to_dict())
     merged = 0
     with torch.no_grad():
         for path, module in list(network.named_modules()):

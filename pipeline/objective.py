@@ -22,7 +22,7 @@ from pipeline.layout import IGNORED
 from pipeline.levers import Levers
 from pipeline.merge import plain_network
 from pipeline.packing import Pack, pack_hidden, use_packed_attention
-from pipeline.qlora import training_device
+from pipeline.qlora import to_training
 from pipeline.student import Base, load_base, load_student
 
 SELF = "base"  # the student before rounding
@@ -102,7 +102,7 @@ def load_teacher(student: Base, divergence: Divergence, *, dtype: torch.dtype, b
         teacher = load_base(divergence.teacher, dtype=dtype)
         _check_vocabulary(student, teacher)
         network = teacher.model
-    network = network.to(training_device(), dtype).eval().requires_grad_(False)
+    network = to_training(network, dtype).eval().requires_grad_(False)
     use_packed_attention(network)
     return network
 

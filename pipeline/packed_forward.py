@@ -124,7 +124,7 @@ def _by_kernel(
     """PyTorch's fused kernel, row by row."""
     parts = []
     for span in spans:
-        assert not span.prefix  # no prefix is shared where this runs
+        assert not span.prefix  # shared with `matmul_attention` only, and without dropout (`training_loop`)
         rows = slice(span.start, span.last)
         part = torch.nn.functional.scaled_dot_product_attention(
             query[:, :, rows],

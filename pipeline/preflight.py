@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from domains.domain import Domain
 from domains.errors import ConfigError, TeacherError
 from domains.jsonl import write_text_atomic
+from pipeline.merge import check_biases
 from pipeline.progress import Progress
 from pipeline.run_folder import Run
-from serve.models import check_base
+from serve.models import SMOLLM2, check_base
 
 FEW_SEEDS = 20  # answerable seed questions; with fewer a student learns next to nothing
 _OWNER = "domain.txt"
@@ -22,11 +25,12 @@ def check_main_job(domain: Domain, run: Run, progress: Progress) -> None:
     Raises:
         ConfigError: no questions, or the run folder belongs to another domain of the same name.
         DataError: the file of questions or of general instructions is missing or wrong.
-        ModelError: the student's base is neither known, nor a folder, nor a hub id.
+        ModelError: the student's base is neither known, nor a folder, nor a hub id; or its layers have biases.
         TeacherError: the teacher's key is missing while there is something to ask.
     """
     check_owner(domain, run)
     check_base(domain.config.student.base)
+    check_biases(domain.config.student.base, _config_of(domain.config.student.base))
     questions = domain.read_questions()
     domain.read_instructions()
     teacher = domain.config.teacher
@@ -43,6 +47,24 @@ def check_main_job(domain: Domain, run: Run, progress: Progress) -> None:
             f"Only {seeds} seed questions: the student will learn next to nothing from them. "
             f"Write more into {domain.questions}, or let a strong teacher write them (docs/configuration.md)."
         )
+
+
+def _config_of(base: str) -> dict[str, Any]:
+    """What can be read of a base's config.json without fetching anything; nothing of a base that is not here yet."""
+    if base == SMOLLM2:
+        return {}
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        path: object = folder / "config.json"
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(base, "config.json")
+    try:
+        found = json.loads(Path(path).read_text("utf-8")) if isinstance(path, str | Path) else {}
+    except (OSError, ValueError):
+        found = {}  # loading it will say what is wrong
+    return found if isinstance(found, dict) else {}
 
 
 def check_owner(domain: Domain, run: Run) -> None:

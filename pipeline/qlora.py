@@ -39,6 +39,18 @@ def training_dtype(*, bf16: bool = True) -> torch.dtype:
     return torch.bfloat16 if found.get("avx512_bf16") or found.get("amx_bf16") else torch.float32
 
 
+def to_training(model: Any, dtype: torch.dtype) -> Any:
+    """Move a network to `training_device` and its weights into the arithmetic's type, in place.
+
+    Weights only: ``model.to(dtype)`` would round buffers too, and with them the frequencies of the rotary embedding,
+    which transformers keeps in float32 whatever it loads weights in. In bfloat16 these are off by up to 0.3 %, at
+    position 1,000 an angle of more than one radian.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype=dtype)
+    return model.to(training_device())
+
+
 def quantize_nf4(model: Any, *, keep_quantized: bool | None = None) -> bool:
     """Round the linear layers of the blocks to NF4 with double quantization, in place.
 

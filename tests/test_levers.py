@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -23,9 +24,10 @@ from pipeline.fused_layer import fusable
 from pipeline.layer_cache import LayerCache
 from pipeline.layout import IGNORED, layout_of
 from pipeline.levers import Levers, activation_bytes, checkpoints
-from pipeline.packing import Pack, Row, pack_hidden, use_packed_attention
+from pipeline.packing import Pack, Row, encode_examples, pack_hidden, use_packed_attention
 from pipeline.progress import Silent
-from pipeline.qlora import attach_lora, quantize_nf4
+from pipeline.qlora import attach_lora, base_weight, quantize_nf4, to_training
+from pipeline.student import load_base
 from pipeline.training_loop import Settings
 
 PLAIN = Levers(
@@ -178,6 +180,46 @@ def test_the_fused_layer_is_really_taken_and_weights_are_not_doubled() -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def matrices() -> list[torch.Tensor]:
+    """All that live."""
+    found = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    return [each for each in found if each.dtype == torch.float32 and each.dim() == 2]
+
+
+def weights_made(model: Any, before: list[torch.Tensor]) -> int:
+    """How many of the blocks' weights have come into memory as numbers, alone or as the first rows of a joined matrix."""
+    known = {id(each) for each in before}
+    new = [each for each in matrices() if id(each) not in known]
+    projections = ("q_proj", "k_proj", "o_proj", "gate_proj", "down_proj")  # v and up come behind k and gate
+    modules = [module for path, module in model.model.layers.named_modules() if path.endswith(projections)]
+
+    def lies_in(each: torch.Tensor, weight: torch.Tensor) -> bool:
+        return each.shape[1] == weight.shape[1] and torch.equal(each[: len(weight)], weight)
+
+    weights = [base_weight(module.get_base_layer(), torch.float32) for module in modules]
+    return sum(any(lies_in(each, weight) for each in new) for weight in weights)
+
+
+@pytest.mark.parametrize("checkpointing", ["on", "off"])
+def test_weights_read_back_from_nf4_do_not_wait_for_the_backward_pass(checkpointing: Any) -> None:
+    """Else memory holds the whole network as if it were not quantized, once per pack that runs."""
+    levers = replace(Levers(), checkpointing=checkpointing)
+    nothing: list[torch.Tensor] = []
+    assert weights_made(network()[0], nothing) == 2 * 5, "the count sees weights"
+    model, adapted = network(keep=True)
+    assert all(fusable(layer) for layer in model.model.layers)
+    packs = [Pack(tuple(rows()[:2])), Pack(tuple(rows()[2:]))]
+    adapted.train()
+    before = matrices()
+    hidden = [pack_hidden(model, packed, levers)[0] for packed in packs]
+    assert weights_made(model, before) == 0
+    torch.cat(hidden).sum().backward()
+    assert weights_made(model, before) == 0
+    for packed in packs:
+        expected = step(model, adapted, replace(levers, fused_layers=False), packed)
+        assert_equal(step(model, adapted, levers, packed), expected)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -249,6 +291,50 @@ def example(number: int) -> Example:
     )
 
 
+def history(base: Path, folder: Path, progress: Silent, **changes: Any) -> list[float]:
+    """The losses of a training on a base's folder."""
+    settings = Settings(
+        rank=4, alpha=8.0, dropout=0.0, learning_rate=1e-2, warmup_share=0.1, epochs=2, pack_tokens=400,
+        packs_per_step=1, max_grad_norm=1.0, seed=0, **changes,
+    )  # fmt: skip
+    train.train_student(
+        [example(number) for number in range(20)],
+        folder,
+        progress,
+        base=str(base),
+        context=512,
+        max_rows=0,
+        checkpoint_steps=100,
+        settings=settings,
+    )
+    lines = [json.loads(line) for line in (folder / "loss.jsonl").read_text("utf-8").splitlines()]
+    return [line.get("loss", line.get("validation_loss")) for line in lines]
+
+
+@pytest.mark.parametrize("lora_layers", [0, 1])
+def test_a_bases_attention_dropout_is_left_out_and_said(lora_layers: int, tmp_path: Path) -> None:
+    base = make_tiny_llama(tmp_path / "tiny")
+    common = layout_of(
+        Pack(
+            tuple(
+                encode_examples(
+                    [example(1), example(2)], load_base(str(base), dtype=torch.float32), max_tokens=512
+                )[0]
+            )
+        ),
+        share=True,
+        even=True,
+    )
+    assert common.prefix, "the rows share a beginning"
+    given = {"lora_layers": lora_layers, "levers": Levers(bf16=False)}
+    expected = history(base, tmp_path / "without", Silent(), **given)
+    config = base / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"attention_dropout": 0.5}), "utf-8")
+    progress = Silent()
+    assert history(base, tmp_path / "with", progress, **given) == expected
+    assert any("attention_dropout of 0.5 is left out" in line for line in progress.lines)
+
+
 def test_training_with_frozen_layers_learns_the_same_with_and_without_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,33 +342,9 @@ def test_training_with_frozen_layers_learns_the_same_with_and_without_the_cache(
     base = make_tiny_llama(tmp_path / "tiny")
     histories = []
     for cached in (True, False):
-        settings = Settings(
-            rank=4,
-            alpha=8.0,
-            dropout=0.0,
-            learning_rate=1e-2,
-            warmup_share=0.1,
-            epochs=2,
-            pack_tokens=400,
-            packs_per_step=1,
-            max_grad_norm=1.0,
-            seed=0,
-            lora_layers=1,
-            levers=Levers(cached_layers=cached, bf16=False),
-        )
         folder = tmp_path / f"run-{cached}"
-        train.train_student(
-            [example(number) for number in range(20)],
-            folder,
-            Silent(),
-            base=str(base),
-            context=512,
-            max_rows=0,
-            checkpoint_steps=100,
-            settings=settings,
-        )
-        lines = [json.loads(line) for line in (folder / "loss.jsonl").read_text("utf-8").splitlines()]
-        histories.append([line.get("loss", line.get("validation_loss")) for line in lines])
+        levers = Levers(cached_layers=cached, bf16=False)
+        histories.append(history(base, folder, Silent(), lora_layers=1, levers=levers))
         assert not list(folder.glob("*.bin"))
         saved = load_file(folder / "adapter" / "adapter_model.safetensors")
         assert all(".layers.1." in name for name in saved)
@@ -333,7 +395,7 @@ def test_bfloat16_stays_near_float32() -> None:
     model, adapted = network()
     packed = Pack(tuple(rows()))
     exact = step(model, adapted, PLAIN, packed)
-    model.to(torch.bfloat16)
+    to_training(model, torch.bfloat16)
     for name, parameter in adapted.named_parameters():
         if "lora" in name:
             parameter.data = parameter.data.float()

@@ -75,6 +75,12 @@ def test_no_adapter_is_an_error(tiny: Path) -> None:
         merge_adapter(load_base(str(tiny), dtype=torch.float32).model)
 
 
+def test_a_network_with_biases_is_refused_before_they_are_lost(tmp_path: Path) -> None:
+    adapted = trained(make_tiny_llama(tmp_path / "biased", biases=True), keep_quantized=False)
+    with pytest.raises(ModelError, match="biases"):
+        merge_adapter(adapted)
+
+
 def test_numbers_that_are_not_finite_are_named(tiny: Path) -> None:
     adapted = trained(tiny, keep_quantized=False)
     with torch.no_grad():

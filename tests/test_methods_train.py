@@ -252,6 +252,26 @@ def test_a_fused_layer_gives_the_same_loss_and_gradients(method: str, grid: Any,
         assert torch.allclose(found[True][1][name], grad, rtol=1e-3, atol=1e-5), name
 
 
+@pytest.mark.parametrize(("method", "grid"), [("qlora", None), *METHODS])
+def test_bfloat16_is_for_weights_not_for_rotary_frequencies(method: str, grid: Any, tiny: Path) -> None:
+    how = method_of(method, grid)
+    base = load_base(str(tiny), dtype=how.base_dtype(torch.bfloat16))
+    adapter = Adapter(rank=4, alpha=8.0, dropout=0.0, seed=0, dtype=torch.bfloat16)
+    adapted = how.prepare(base, adapter, lambda _: None)
+    _check_arithmetic(base.model, tiny)
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
+
+
+def _check_arithmetic(network: Any, tiny: Path) -> None:
+    """Frozen weights in bfloat16; rotary frequencies as the base has them."""
+    exact = load_base(str(tiny), dtype=torch.float32).model.model.rotary_emb
+    assert {p.dtype for p in network.parameters() if not p.requires_grad} == {torch.bfloat16}
+    for name in ("inv_freq", "original_inv_freq"):
+        found, expected = getattr(network.model.rotary_emb, name), getattr(exact, name)
+        assert found.dtype == torch.float32, name
+        assert torch.equal(found, expected), name
+
+
 # -- the teacher's distribution --------------------------------------------------------------------
 
 
@@ -315,6 +335,21 @@ def _distance(run: Run, tiny: Path, *, teacher: Any = None) -> float:
         wanted = torch.log_softmax(base(input_ids=ids).logits[0, row.n_prompt - 1 :], dim=-1)
         given = torch.log_softmax(student.network(input_ids=ids).logits[0, row.n_prompt - 1 :], dim=-1)
     return float(torch.nn.functional.kl_div(given, wanted, reduction="batchmean", log_target=True))
+
+
+@pytest.mark.parametrize("kind", ["base", "folder", "finished qlora", "finished qat"])
+def test_a_teacher_in_bfloat16_keeps_its_rotary_frequencies(kind: str, tiny: Path, tmp_path: Path) -> None:
+    teacher = {"base": "base", "folder": str(tiny)}.get(kind)
+    if teacher is None:
+        method = kind.removeprefix("finished ")
+        grid = {} if method == "qlora" else {"grid": "Q4_0"}
+        run, _ = train_on(tiny, tmp_path, method=method, epochs=1, **grid)
+        teacher = str(run.training)
+    student = load_base(str(tiny), dtype=torch.float32)
+    divergence = Divergence(weight=1.0, temperature=1.0, teacher=teacher)
+    network = load_teacher(student, divergence, dtype=torch.bfloat16, base=str(tiny))
+    _check_arithmetic(network, tiny)
+    assert {p.dtype for p in student.model.parameters()} == {torch.float32}, "the student is another network"
 
 
 @pytest.mark.parametrize("levers", [Levers(), Levers(packing=False, supervised_head=False)])

@@ -47,6 +47,32 @@ def test_a_wrong_base_and_a_missing_key_are_found_before_anything_runs(
     check_main_job(paid, run, Silent())
 
 
+@pytest.mark.parametrize("place", ["folder", "cache of the hub"])
+@pytest.mark.parametrize("key", ["attention_bias", "mlp_bias"])
+def test_a_base_that_could_not_be_exported_is_found_before_the_teacher_is_paid(
+    place: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    base = str(snapshot) if place == "folder" else "some/model"
+    domain = with_changes(load_domain("medical"), student={"base": base})
+    run = Run(tmp_path / "medical" / "quick")
+    config = snapshot / "config.json"
+    config.write_text(f'{{"{key}": true}}')
+    with pytest.raises(ModelError, match=f"have biases \\({key} in its config"):
+        check_main_job(domain, run, Silent())
+    for harmless in (f'{{"{key}": false}}', "{}", "[]", "{broken"):  # what is broken, loading it says
+        config.write_text(harmless)
+        check_main_job(domain, run, Silent())
+    config.unlink()
+    check_main_job(domain, run, Silent())
+
+
 def test_what_is_asked_already_needs_no_key(tmp_path: Path) -> None:
     run = Run(tmp_path / "medical" / "quick")
     run.folder.mkdir(parents=True)

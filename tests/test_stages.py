@@ -60,7 +60,7 @@ BASE_QUANTIZED = {"serve.quantizer"}
 # Reached through pipeline.base_gguf only, whose file is cached by the state of the base's weights.
 BASE_FILE = {
     *("pipeline.gguf_writer", "pipeline.gguf_vocabulary", *GRIDS),
-    *("pipeline.qlora", "pipeline.student", "pipeline.unpack"),
+    *("pipeline.merge", "pipeline.qlora", "pipeline.student", "pipeline.unpack"),
     *(*METHODS, *GPTQ, "pipeline.levers", *BASE_QUANTIZED),
 }  # fmt: skip
 # A search for the format asks development questions, so which candidate wins may hang on them. It takes an hour and is not

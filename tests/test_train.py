@@ -177,6 +177,14 @@ def test_another_base_than_the_one_trained_on_is_refused(trained: tuple[Run, Rep
         load_trained(run.training, base=str(other))
 
 
+def test_a_base_with_biases_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    base, run = make_tiny_llama(tmp_path / "biased", biases=True), write_rows(tmp_path / "run")
+    with pytest.raises(ModelError, match=r"'biased' have biases \(attention_bias") as caught:
+        train.run(domain(base), run, Silent())
+    assert "name another base in [student]" in caught.value.next_step
+    assert not (run.training / "loss.jsonl").exists()
+
+
 def test_the_same_rows_give_the_same_bytes(trained: tuple[Run, Report], tiny: Path, tmp_path: Path) -> None:
     run, _ = trained
     again = write_rows(tmp_path / "again")

@@ -34,8 +34,11 @@ _MERGES = (
 )
 
 
-def make_tiny_llama(folder: Path, *, seed: int = 0, width: int = 64) -> Path:
-    """Write the model and its tokenizer into ``folder``; same seed and width of the stream, same weights."""
+def make_tiny_llama(folder: Path, *, seed: int = 0, width: int = 64, biases: bool = False) -> Path:
+    """Write the model and its tokenizer into ``folder``; same seed and width of the stream, same weights.
+
+    With ``biases``, its attention has some, as no Llama of Meta's.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -57,6 +60,7 @@ def make_tiny_llama(folder: Path, *, seed: int = 0, width: int = 64) -> Path:
             "original_max_position_embeddings": 256,
         },
         tie_word_embeddings=True,
+        attention_bias=biases,
         initializer_range=0.15,  # large enough that logits differ visibly between tokens
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -26,7 +26,7 @@ from pipeline.methods.grid_base import (
 )
 from pipeline.methods.method import Adapter, Trained
 from pipeline.methods.peft_files import save_peft
-from pipeline.qlora import attach_lora, load_adapter, training_device
+from pipeline.qlora import attach_lora, load_adapter, to_training
 from pipeline.student import Base
 
 _PACKED = "grid_blocks"  # where the training network carries its blocks
@@ -48,7 +48,7 @@ class GridLora:
         say(f"grid-lora: the base lies on the {self.grid} grid, the adapter beside it")
         packed = outer_packed(base) | pack_blocks(base_blocks(base, self.grid, self.calibration))
         _round(base, packed)
-        base.model.to(training_device(), adapter.dtype)
+        to_training(base.model, adapter.dtype)
         adapted = attach_lora(
             base.model,
             rank=adapter.rank,

@@ -16,7 +16,7 @@ from pipeline.methods.block_linear import BlockLinear, BlockNetwork
 from pipeline.methods.grid_base import outer_packed, pack_blocks, set_linears, set_outer
 from pipeline.methods.method import Adapter, Trained
 from pipeline.methods.rules import Rule
-from pipeline.qlora import training_device
+from pipeline.qlora import to_training, training_device
 from pipeline.student import Base
 
 
@@ -44,6 +44,7 @@ class Inside:
         set_outer(model, fixed)
         set_linears(model, fixed)
         model.requires_grad_(False)
+        to_training(model, adapter.dtype)  # before the adapters, which stay float32
         with torch.random.fork_rng():
             torch.manual_seed(adapter.seed)
             for name in [name for name in rules if name not in frozen]:
@@ -56,7 +57,6 @@ class Inside:
                 )
                 parent, _, last = name.removesuffix(".weight").rpartition(".")
                 setattr(model.get_submodule(parent), last, layer)
-        _cast(model, device, adapter.dtype)
         return BlockNetwork(model, fixed)
 
     def save(self, adapted: BlockNetwork, folder: Path, *, base_name: str) -> dict[str, Any]:
@@ -87,12 +87,3 @@ def _frozen(rules: Mapping[str, Rule], count: int, layers: int) -> set[str]:
     if not layers:
         return set()
     return {name for name in rules if int(name.split(".")[2]) < count - layers}
-
-
-def _cast(model: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Everything but the adapters into the arithmetic's type."""
-    for module in model.modules():
-        if not isinstance(module, BlockLinear):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(device, dtype)
-    model.model.rotary_emb.to(device)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pipeline.merge import check_biases
 from pipeline.methods.method import Adapter, Trained
 from pipeline.methods.peft_files import save_peft
 from pipeline.qlora import attach_lora, load_adapter, quantize_nf4
@@ -25,6 +26,7 @@ class Qlora:
 
     def prepare(self, base: Base, adapter: Adapter, say: Callable[[str], None]) -> Any:
         """See `Method.prepare`; NF4 by bitsandbytes, double quantization."""
+        check_biases(base.name, base.model.config.to_dict())
         kept = quantize_nf4(base.model)
         dtype = str(base.model.dtype).removeprefix("torch.")
         how = "read back at every use" if kept else f"read back once, kept as {dtype} (memory allows)"
