@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from domains.errors import ModelError
 from pipeline.grids import BLOCK, Blocks, GridName, fit_scales
 from pipeline.grids.blocks import LIMITS
+from pipeline.one_thread import one_thread
 
 if TYPE_CHECKING:
     import torch
@@ -92,9 +93,10 @@ def round_compensated(weight: torch.Tensor, curved: Curvature, grid: GridName, *
         sweeps: of coordinate descent over scales and codes.
     """
     state = _Rounding(weight.masked_fill(curved.dead, 0), grid)
-    state.gptq(curved)
-    for _ in range(sweeps):
-        state.sweep(curved.hessian)
+    with one_thread():
+        state.gptq(curved)
+        for _ in range(sweeps):
+            state.sweep(curved.hessian)
     return state.blocks()
 
 

@@ -16,6 +16,7 @@ from pipeline.aim import Inputs, aim, measure_inputs
 from pipeline.compensate import curvature, round_compensated
 from pipeline.grids import Blocks, GridName, decode
 from pipeline.layer_inputs import Stream, activated, attended
+from pipeline.one_thread import one_thread
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +110,8 @@ class _Rounder:
 
     def keep(self, linear: Any, blocks: Blocks) -> None:
         self.done[self.names[linear]] = blocks
-        linear.weight.copy_(decode(blocks))
+        with one_thread():
+            linear.weight.copy_(decode(blocks))
 
     def reorder_rows(self, linear: Any, order: torch.Tensor) -> None:
         self.keep(linear, _rows(self.done[self.names[linear]], order))

@@ -65,7 +65,7 @@ STRATEGIES = (
 # llama.cpp's grids, and a GGUF file's own blocks on them.
 GRIDS = (
     "pipeline.grids.blocks", "pipeline.grids.layout", "pipeline.grids.library", "pipeline.grids.rounding",
-    "pipeline.grids.search", "pipeline.gguf_tensors", "pipeline.gguf_names",
+    "pipeline.grids.search", "pipeline.one_thread", "pipeline.gguf_tensors", "pipeline.gguf_names",
 )  # fmt: skip
 
 # What makes a training step fast.

@@ -13,6 +13,7 @@ import torch
 from domains.errors import ModelError
 from pipeline.grids.blocks import BLOCK, LIMITS, Blocks, GridName, check_scales, checked, pieces
 from pipeline.grids.rounding import extremes, round_to
+from pipeline.one_thread import one_thread
 
 # Shares of the reference's scale that are tried: below 1 the extreme weight is clipped. On Q4_0, whose grid
 # reaches from -8 to 7, a negative share puts the extreme weight on the short side.
@@ -69,8 +70,9 @@ def fit(weight: torch.Tensor, grid: GridName, importance: torch.Tensor | None = 
     Raises:
         ModelError: as `fit_scales`.
     """
-    d, m = fit_scales(weight, grid, importance)
-    return Blocks(grid, round_to(weight, d, m, grid), d, m)
+    with one_thread():
+        d, m = fit_scales(weight, grid, importance)
+        return Blocks(grid, round_to(weight, d, m, grid), d, m)
 
 
 def _counts(importance: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor | None:

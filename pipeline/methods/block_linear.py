@@ -13,6 +13,7 @@ from torch import nn
 from pipeline.grids.blocks import Blocks, Packed
 from pipeline.grids.rounding import decode
 from pipeline.methods.rules import Rule
+from pipeline.one_thread import one_thread
 
 
 class BlockLinear(nn.Module):
@@ -53,7 +54,7 @@ class BlockLinear(nn.Module):
         made = self._made  # once: another thread may set it meanwhile
         if made is None or made[0] != state:
             self._made = made = None  # the old one goes before the new one is made
-            with _one_thread():
+            with one_thread():
                 made = (state, decode(self.blocks()).to(self.b.device, self.dtype))
             self._made = made
         return made[1]
@@ -67,20 +68,6 @@ class BlockLinear(nn.Module):
         """Of inputs [..., in]."""
         result: torch.Tensor = _Through.apply(x, self.a, self.b, self)  # type: ignore[no-untyped-call]
         return result
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Without PyTorch's threads: after every small elementwise step they meet at a barrier.
-
-    That costs several times the rounding itself as soon as anything else runs on the machine.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Through(torch.autograd.Function):
