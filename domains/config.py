@@ -350,8 +350,9 @@ class ServeSection(Record):
     ``unsupported``, what becomes of text that no passage supports: ``withdraw`` a whole answer without
     support (it becomes the abstention), ``drop`` every sentence without, ``mark`` it, or ``keep`` it. An answer that a
     ``[reflect]`` back-end lets the student give without any passage is shown whatever this says, and told as unsupported.
-    A bare yes or no is carried by any quote that stands (a yes only by one with the numbers asked about): whether it
-    speaks for or against is left to the reader.
+    Where sentences are checked (``drop``, ``mark``), a bare yes or no is carried by any quote that stands (a yes only by one
+    with the numbers asked about): whether it speaks for or against is left to the reader. Where whole answers are
+    (``withdraw``, ``keep``), any quote that stands carries one.
     ``max_wrong`` is the share of given answers that may be wrong: the assistant abstains where it is not
     sure enough for that (0: as sure or unsure as it is).
     ``kv_cache``: how keys and values of the context are kept. The quantized ones take 0.53 and 0.28 of the memory; before

@@ -26,12 +26,17 @@ mg milligram milligrams
 mcg µg μg ug microgram micrograms
 g gram grams
 kg
-ml
+ml millilitre millilitres
 dl
 l litre litres liter liters
+mol
 mmol
+nmol
+pmol
 iu
+unit units
 mm
+mmhg
 cm
 m
 km
@@ -40,11 +45,11 @@ mb
 gb
 px
 % percent
-ms
-s sec secs second seconds
-min mins minute minutes
-h hr hrs hour hours
-d day days
+ms millisecond milliseconds
+second s sec secs seconds
+minute min mins minutes
+hour h hr hrs hours
+day d days
 week weeks
 month months
 year years
@@ -53,24 +58,29 @@ tablet tablets
 drop drops
 """
 _UNITS = {name: line.split()[0] for line in _UNIT_LINES.split("\n") for name in line.split()}
+# Case is folded for ASCII alone (?ai): otherwise "ı" is an "i" and "ſ" an "s", which no table has.
 _AMOUNT = re.compile(
-    rf"(?<![\w.])({_DIGITS}|{'|'.join(NUMBER_WORDS)})[ \t\u00a0-]*"
-    rf"({'|'.join(re.escape(unit) for unit in sorted(_UNITS, key=len, reverse=True))})(?!\w)",
-    re.IGNORECASE,
+    rf"(?<![\w.])((?ai:{_DIGITS}|{'|'.join(NUMBER_WORDS)}))[ \t\u00a0-]*"
+    rf"((?ai:{'|'.join(re.escape(unit) for unit in sorted(_UNITS, key=len, reverse=True))}))(?!\w)"
 )
-
-
-_PERIODS = ("hour", "day", "week", "month", "year")
+_PERIODS = "hour|day|week|month|year"
+# "An hour before breakfast" and "for a week" say when and how long, not how often.
 _PER = re.compile(
-    rf"\b(?:an?|per|each|every)[ \t]+({'|'.join(_PERIODS)})\b|/[ \t]?({'|'.join(_PERIODS)})\b|\b(hour|dai|week|month|year)ly\b",
-    re.IGNORECASE,
+    rf"(?<!\bfor )(?<!\bin )(?<!\bafter )(?<!\bwithin )(?<!\babout )(?<!\bthan )(?<!\bhalf )"
+    rf"\b(?:an?|per|each|every)[ \t]+({_PERIODS})\b(?!\s+(?:before|after|later|earlier|ago))"
+    rf"|/[ \t]?({_PERIODS})\b|\b(hour|dai|week|month|year)ly\b",
+    re.IGNORECASE | re.ASCII,
 )
+_TIMES = re.compile(
+    rf"\b(once|twice|thrice)\b|\b({_DIGITS}|{'|'.join(NUMBER_WORDS)})[ \t]+times\b", re.IGNORECASE | re.ASCII
+)
+_OFTEN = {"once": "1", "twice": "2", "thrice": "3"}
 
 
 def amounts(text: str) -> dict[str, set[str]]:
-    """Which units stand behind each number of ``text``: ``"40 mg a day, 2-week course"`` → ``{"40": {"mg"}, "2": {"week"}, "per": {"day"}}``.
+    """Which units stand behind each number: ``"40 mg twice a day"`` → ``{"40": {"mg"}, "times": {"2"}, "per": {"day"}}``.
 
-    Under ``per`` are the periods in which something is repeated or measured.
+    Under ``per`` are the periods in which something is repeated or measured, under ``times`` how often.
     """
     found: dict[str, set[str]] = {}
     for match in _AMOUNT.finditer(text):
@@ -79,6 +89,10 @@ def amounts(text: str) -> dict[str, set[str]]:
     for match in _PER.finditer(text):
         period = next(group for group in match.groups() if group).lower()
         found.setdefault("per", set()).add(_UNITS["day" if period == "dai" else period])
+    for match in _TIMES.finditer(text):
+        often = (match[1] or match[2]).lower()
+        often = _OFTEN.get(often) or NUMBER_WORDS.get(often) or _plain(often)
+        found.setdefault("times", set()).add(often)
     return found
 
 

@@ -164,10 +164,10 @@ def rejection(rationale: Rationale, verdict: Verdict) -> Rejection:
 
 
 def keep_clear(questions: Sequence[Question], guard: ExamGuard) -> tuple[list[Question], list[Rejection]]:
-    """Unanswerable seed questions that keep clear of the exam, and the others as rejections (sample 0)."""
+    """Questions that are trained on without a rationale and keep clear of the exam, and the others as rejections (sample 0)."""
     clear, contaminated = [], []
     for question in questions:
-        verdict = guard.check(question.question, "")
+        verdict = guard.check(question.question, question.answer or "")
         if verdict.ok:
             clear.append(question)
         else:

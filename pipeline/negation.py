@@ -21,13 +21,16 @@ _NEUTRAL = re.compile(
     r"|\bnot (?:only|just|merely|simply|until)\b|\b(?:no|without) doubt\b|\bor not\b",
     re.IGNORECASE,
 )
+_TWICE = re.compile(
+    r"\b(?:not|never|\w+n['’]t)\b([^.;:]*?)\bwithout\b", re.IGNORECASE
+)  # "not without food": with food
 # Beginnings of words that may stand for a negation: "P waves are absent" is "no P waves".
 _SOFT = (
     *("absen", "lack", "fail", "avoid", "stop", "refus", "rarely", "seldom", "hardly", "barely", "unlikely"),
     *("free", "instead", "rather", "non"),
 )
-# "Not thought to be safe" denies the safety, and so does "no longer safe".
-_PASSED = "believed called considered deemed found known proven regarded said seen shown thought always longer often yet"
+# "Not thought to be safe" denies the safety, and so do "no longer safe" and "no evidence that it is safe".
+_PASSED = "evidence proof believed called considered deemed found known proven regarded said seen shown thought always longer often yet"
 _NEGATIONS, _PASSED_OVER = frozenset(_NEGATION.split()), frozenset(_PASSED.split())
 _NEAR = 3  # words after a negation that it may concern
 # Where another clause begins. Not at every comma: "not used for asthma, gout or migraine" is one.
@@ -84,7 +87,7 @@ def _differ(one: _Clause, other: _Clause) -> bool:
 
 
 def _clauses(text: str) -> Iterator[_Clause]:
-    plain = _NEUTRAL.sub(" ", text)
+    plain = _TWICE.sub(r"\1with", _NEUTRAL.sub(" ", text))
     for start, end in sentence_spans(plain):
         for piece in _BOUNDARY.split(_YES_NO.sub("", plain[start:end])):
             if said := words(piece):

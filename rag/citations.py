@@ -40,10 +40,14 @@ _FUNCTION_WORDS, _NEGATIONS = frozenset(_FUNCTION.split()), frozenset(_NEGATION.
 _BARE = frozenset({"yes", "mayb", "maybe", *"abcdefgh"})
 # Where a negation does not reach across: "given to adults, not to children", "a tablet that does not cause drowsiness".
 _CLAUSE = re.compile(
-    r"[,;:](?=\s)|[()—]|\b(?:and|or|but|that|which|who|because|although|though|while|unless|if|when)\b",
+    r"[,;:](?=\s)|[()—]"
+    r"|(?=\b(?:and|or|but|that|which|who|because|although|though|while|unless|if|when)\b)",
     re.IGNORECASE,
 )
-_REACH = 3  # words between a negation and what it negates
+_STOP = re.compile(r"[,;:](?=\s)|[()—]")  # a denial does reach across "that": "not shown that it helps"
+# These reach past two content words ("not shown to help") and back ("is not advised"); "no" and "without" three words on.
+_DENIALS = frozenset({"not", "never", "cannot"})
+_REACH, _NEAR = 2, 3
 _YES = "yes"
 _MARK = re.compile(r"\[\d{1,2}\]")  # the number of a passage, not a number that is claimed
 
@@ -118,8 +122,12 @@ def find_support(
             continue
         for span in sentence_spans(passage.text):
             sentence = passage.text[span[0] : span[1]]
-            found = _matched(wanted, sentence, negated=negated)
-            if not found or len(found) < min_overlap * len(wanted) or not _has_amounts(claim, sentence):
+            found = _matched(wanted, "", sentence, "", negated=negated)
+            if not found or len(found) < min_overlap * len(wanted):
+                continue
+            if not numbers(claim) <= numbers(sentence) | _named(passage) or not _amounts_agree(
+                claim, sentence
+            ):
                 continue
             if len(answered & (found | context)) < min_overlap * len(answered):
                 continue
@@ -160,38 +168,52 @@ def supports(
     fresh = wanted - content(question) or wanted
     if not cited:
         return False
+    quoted = numbers(" ".join(item.quote for item, _ in cited))
     # "Yes" claims what was asked, and so its numbers.
-    asserted = f"{claim} {question}" if _YES in words(claim)[:1] else claim
-    if not _has_amounts(asserted, " ".join(item.quote for item, _ in cited)):
+    asked = question if words(claim)[:1] == [_YES] else ""
+    if not numbers(asked) <= quoted or not numbers(claim) <= quoted.union(*(_named(p) for _, p in cited)):
+        return False
+    if not _amounts_agree(f"{claim} {asked}", " ".join("".join(_around(item, p)) for item, p in cited)):
         return False
     if not fresh:
         return True
     context = content(" ".join(f"{p.title} {p.heading}" for _, p in cited))
     said = context | content(" ".join(p.text for _, p in cited))
-    if not content(" ".join(_NAME.findall(claim))) - _BARE <= said:
+    if not _names(claim, question) - _BARE <= said:
         return False
     negated = _is_negated(words(claim))
-    found = set().union(*(_matched(wanted, *_in_sentence(item, p), negated=negated) for item, p in cited))
+    found = set().union(*(_matched(wanted, *_around(item, p), negated=negated) for item, p in cited))
     if not found:
         return False
     return len(fresh & (found | context)) >= min_overlap * len(fresh)
 
 
-def _has_amounts(claim: str, said: str) -> bool:
-    """Whether every number of a claim stands in what was said, and not with other units or periods there."""
-    if not numbers(claim) <= numbers(said):
-        return False
+def _amounts_agree(claim: str, said: str) -> bool:
+    """Whether no number of a claim stands with other units only in what was said, nor a period or "twice" with another."""
     theirs = amounts(said)
     return all(units & theirs.get(number, units) for number, units in amounts(claim).items())
 
 
-def _in_sentence(citation: Citation, passage: Passage) -> tuple[str, str, str]:
-    """The cited words, and what stands before and behind them in their sentences."""
+def _named(passage: Passage) -> set[str]:
+    """Numbers of a passage's title and heading that are part of a name ("type 1 diabetes") and no amounts."""
+    above = f"{passage.title} {passage.heading}"
+    return numbers(above) - amounts(above).keys()
+
+
+def _names(claim: str, question: str) -> set[str]:
+    """Stems of a claim's capitalised words; not of its first where the question has it as a plain word ("Take …")."""
+    found = _NAME.findall(claim)
+    plain = re.findall(r"\b[a-z][\w-]+", question)
+    return content(" ".join(name for i, name in enumerate(found) if i or name.lower() not in plain))
+
+
+def _around(citation: Citation, passage: Passage) -> tuple[str, str, str]:
+    """What stands before the cited words in their sentences, these, and what stands behind them."""
     begin, end = citation.start - passage.start, citation.end - passage.start
     spans = [span for span in sentence_spans(passage.text) if span[0] < end and begin < span[1]]
     if not spans:
-        return citation.quote, "", ""
-    return citation.quote, passage.text[spans[0][0] : begin], passage.text[end : spans[-1][1]]
+        return "", citation.quote, ""
+    return passage.text[spans[0][0] : begin], citation.quote, passage.text[end : spans[-1][1]]
 
 
 def best_overlap(claim: str, passages: Sequence[Passage]) -> float:
@@ -290,14 +312,15 @@ def _is_negated(text_words: Sequence[str]) -> bool:
 
 def _share(wanted: set[str], sentence: str, *, negated: bool) -> float:
     """The share of the wanted stems that the sentence has; 0 where the negation differs."""
-    return len(_matched(wanted, sentence, negated=negated)) / len(wanted)
+    return len(_matched(wanted, "", sentence, "", negated=negated)) / len(wanted)
 
 
-def _matched(wanted: set[str], text: str, before: str = "", behind: str = "", *, negated: bool) -> set[str]:
+def _matched(wanted: set[str], before: str, text: str, behind: str, *, negated: bool) -> set[str]:
     """The wanted stems that a text has; none where the negation differs.
 
-    A negation up to three words ahead of the matched part belongs to it ("do not give X"), and so does one up to three
-    words behind it in the same clause ("giving X is not advised"), in the text or ``before`` and ``behind`` it.
+    A negation up to three words ahead of the matched part belongs to it ("do not give X", "no known harm"), a "not" also
+    with up to two content words between ("not shown to help") and behind it in the same clause ("giving X is not
+    advised"), in the text or ``before`` and ``behind`` it.
     """
     pieces = [words(piece) for piece in _CLAUSE.split(text)]
     said = [word for piece in pieces for word in piece]
@@ -305,14 +328,37 @@ def _matched(wanted: set[str], text: str, before: str = "", behind: str = "", *,
     matched = [i for i, term in enumerate(stems) if term in wanted]
     if not matched:
         return set()
-    ahead = [*words(before), *said[: matched[0]]][-_REACH:]
-    clause, end = [], 0
-    for piece in pieces:
-        end += len(piece)
-        if matched[-1] < end:
-            clause = said[matched[-1] + 1 : end]
-            break
-    if end == len(said):  # the text's last clause goes on behind it
+    first, last = matched[0], matched[-1]
+    ahead = [*words(before), *said[:first]][-_NEAR:]
+    parts = [words(piece) for piece in _STOP.split(text)]
+    phrase, begins = _rest(parts, first, forwards=False)
+    if begins:  # so does what stands before the text
+        phrase = [*words(_STOP.split(before)[-1]), *phrase]
+    clause, ends = _rest(pieces, last, forwards=True)
+    if ends:
         clause = [*clause, *words(_CLAUSE.split(behind)[0])]
-    reach = [*ahead, *said[matched[0] : matched[-1] + 1], *clause[:_REACH]]
-    return {stems[i] for i in matched} if _is_negated(reach) == negated else set()
+    found = _is_negated([*ahead, *said[first : last + 1]]) or _denied(phrase[::-1]) or _denied(clause)
+    return {stems[i] for i in matched} if found == negated else set()
+
+
+def _rest(pieces: Sequence[Sequence[str]], at: int, *, forwards: bool) -> tuple[list[str], bool]:
+    """The words behind (or before) word ``at`` in its piece, and whether that is the last (or first) one."""
+    start = 0
+    for number, piece in enumerate(pieces):
+        if at < start + len(piece):
+            rest = piece[at - start + 1 :] if forwards else piece[: at - start]
+            return list(rest), number == (len(pieces) - 1 if forwards else 0)
+        start += len(piece)
+    return [], False
+
+
+def _denied(text_words: Sequence[str]) -> bool:
+    """Whether a denial stands before the third content word."""
+    passed = 0
+    for word in text_words:
+        if word in _DENIALS or word.endswith("n't"):
+            return True
+        passed += word not in _FUNCTION_WORDS | _NEGATIONS
+        if passed > _REACH:
+            return False
+    return False

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from domains.records import Citation, Passage, Statement
 from rag.answers import parse_option, without_letter
-from rag.citations import find_support, supports
+from rag.citations import content, find_support, supports
 from rag.prompt import closed_form, stem_of
 from rag.words import sentence_spans, words
 
@@ -150,14 +150,15 @@ def kept_text(answer: str, linked: Linked, *, mark: bool) -> str:
 
 
 def found_support(question: str, answer: str, rationale: str, passages: Sequence[Passage]) -> Citation | None:
-    """A passage sentence that carries the answer; a short answer is read together with its question, and found too.
+    """A passage sentence that carries the answer, and what of it the question did not say; a short one is read together with its question.
 
     A closed question counts without its options and the form of its answer: what they say is not claimed. "Yes" claims
     what the question asks, "no" that it is negated.
     """
     stem, claim = stem_of(question), in_words(answer, question)
     if len(claim.split()) >= _SHORT:
-        return find_support(claim, passages)
+        asked = content(stem)
+        return find_support(claim, passages, own=" ".join(w for w in words(claim) if content(w) - asked))
     said = "" if set(words(claim)) <= _AFFIRMING else claim
     return find_support(f"{stem} {rationale} {said}", passages, own=said)
 

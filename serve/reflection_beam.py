@@ -79,12 +79,16 @@ def search(root: Hypothesis, expand: Expand, *, beam: int, depth: int) -> Hypoth
                 finished.append(replace(parent, wants=None))
         finished += [child for child in children if child.wants is None]
         waiting = [child for child in children if child.wants is not None]
-        open_ = sorted(waiting, key=lambda child: -child.score)[:beam]  # stable: the first of equals
+        open_ = sorted(waiting, key=_rank, reverse=True)[:beam]  # stable: the first of equals
         if not open_:
             break
     finished += [replace(hypothesis, wants=None) for hypothesis in open_ if hypothesis.steps]
-    # As in the short form, what says nothing wins only over its like (`serve.reflection_scores.may_win`).
-    return max(finished, key=lambda hypothesis: (not hypothesis.silent, hypothesis.score), default=None)
+    return max(finished, key=_rank, default=None)
+
+
+def _rank(hypothesis: Hypothesis) -> tuple[bool, float]:
+    """As in the short form, what says nothing wins only over its like (`serve.reflection_scores.may_win`)."""
+    return not hypothesis.silent, hypothesis.score
 
 
 def context_tokens(prompt: Sequence[int], hypothesis: Hypothesis, *, without_passages: int) -> list[int]:

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from domains.records import Citation
-from rag.citations import check_quotes, supports
+from domains.words import amounts
+from rag.citations import check_quotes, find_support, supports
 from rag.sentences import MARK, citation_quality, kept_text, link_sentences, split_units
 from serve.checking import check_reply
 from serve.judges import RuleJudge
-from tests.small_serving import ABSTAIN, passage, scripted_assistant
+from tests.small_serving import ABSTAIN, TEXTS, passage, scripted_assistant
 
 BRENZAL, PELIDOR = passage("Brenzal"), passage("Pelidor")
 DOSE = ("The adult dose of Brenzal is 40 mg once a day.", 1)
@@ -183,6 +184,9 @@ COLCHICINE = passage("Colchicine", "Colchicine is a first-line treatment of gout
 CHILDREN_NOT = passage("Brenzal", "Brenzal is a tablet. Do not give Brenzal to children under 12 years.")
 PREGNANT_NOT = passage("Brenzal", "Brenzal is not safe in pregnancy.")
 WARNED = passage("Brenzal", "Giving Brenzal to children is not recommended.")
+UNKNOWN = passage("Brenzal", "It has not been shown that Brenzal is safe in pregnancy.")
+AGED = passage("Brenzal", "Use of Brenzal in children under 12 years of age is not recommended.")
+DRIED = passage("Brenzal", "Wash Brenzal in soapy water and let it air-dry without wiping.")
 FIRST_LINE = "Which drug is a first-line treatment of gout flares in adults?"
 OPTIONS = f"{FIRST_LINE}\nA. colchicine\nB. aspirin\nAnswer with the letter of the right option."
 
@@ -194,6 +198,8 @@ OPTIONS = f"{FIRST_LINE}\nA. colchicine\nB. aspirin\nAnswer with the letter of t
         (FIRST_LINE, "colchicine", True),
         (FIRST_LINE, "aspirin", False),
         (FIRST_LINE, "bananas", False),
+        (FIRST_LINE, "aspirin for gout flares in adults", False),
+        (FIRST_LINE, "Colchicine is a first-line treatment of gout flares in adults.", True),
         (OPTIONS, "A", True),
         (OPTIONS, "B", False),
         (OPTIONS, "B. aspirin", False),
@@ -220,6 +226,9 @@ def test_a_short_answer_must_stand_in_the_passage_itself(
         ("What is the adult dose of Brenzal?", "The adult dose of Brenzal is 40 g once a day.", False),
         ("What is the adult dose of Brenzal?", "The adult dose of Brenzal is 40 mg once a week.", False),
         ("What is the adult dose of Sanivar?", "The adult dose of Sanivar is 40 mg once a day.", False),
+        ("What is the adult dose of Brenzal?", "The adult dose of Brenzal is 40 mg twice a day.", False),
+        ("What is the adult dose of Brenzal?", "40 mg weekly", False),
+        ("How should I take Brenzal?", "Take 40 mg once a day.", True),
     ],
 )
 def test_numbers_and_names_of_the_question_are_no_evidence(
@@ -254,6 +263,14 @@ def test_numbers_and_names_of_the_question_are_no_evidence(
         (PREGNANT_NOT, "safe in pregnancy", "Brenzal is not safe in pregnancy.", True),
         (WARNED, "Giving Brenzal to children", "Giving Brenzal to children is fine.", False),
         (WARNED, "Giving Brenzal to children is not recommended.", "Give Brenzal to children.", False),
+        (UNKNOWN, "Brenzal is safe in pregnancy", "Brenzal is safe in pregnancy.", False),
+        (AGED, "Use of Brenzal in children under 12 years", "Brenzal is for children under 12 years.", False),
+        (
+            DRIED,
+            "Wash Brenzal in soapy water and let it air-dry",
+            "Wash it in soapy water and let it air-dry.",
+            True,
+        ),
     ],
 )
 def test_a_quote_cut_from_behind_its_negation_does_not_carry_the_opposite(
@@ -270,6 +287,35 @@ def test_a_quote_cut_from_behind_its_negation_does_not_carry_the_opposite(
         unsupported="drop",
     )
     assert (checked.support == "supported") == carried
+
+
+def test_numbers_of_a_title_count_where_they_are_a_name() -> None:
+    about = "The early phase is called the honeymoon period."
+    shown, strength = passage("Type 1 diabetes", about), passage("Brenzal 500 mg", TEXTS["Brenzal"])
+    claim = "The early phase in type 1 diabetes is called the honeymoon period."
+    assert supports(claim, check_quotes([(about, 1)], [shown])[0], [shown])
+    citations = check_quotes([DOSE], [strength])[0]
+    assert not supports("The adult dose of Brenzal is 500 mg once a day.", citations, [strength])
+
+
+def test_letters_that_fold_into_a_units_are_no_unit() -> None:
+    odd = "The adult dose of Brenzal is 10 m\u0131nutes and 5 \u017fec da\u0131ly."
+    assert amounts(odd) == {}
+    assert find_support(odd, [passage("Brenzal", odd)]) is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("40 mg twice a day", {"40": {"mg"}, "times": {"2"}, "per": {"day"}}),
+        ("three times daily, 1,000 mg/day", {"3": {"time"}, "1000": {"mg"}, "times": {"3"}, "per": {"day"}}),
+        ("an hour before breakfast, for a week", {}),
+        ("200 milliseconds, 50 nmol/l, 2.50 ml", {"200": {"ms"}, "50": {"nmol"}, "2.5": {"ml"}}),
+        ("v2 days, 12 items, 5 mgs", {}),
+    ],
+)
+def test_amounts(text: str, found: dict[str, set[str]]) -> None:
+    assert amounts(text) == found
 
 
 def test_a_negation_in_another_clause_changes_nothing() -> None:
