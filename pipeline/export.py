@@ -96,7 +96,7 @@ def _make_served(
         return serve, None, None
     trained = load_student(run.training, base=config.student.base)
     work = Work(
-        network=plain_network(trained),
+        network=plain_network(trained).cpu(),  # where calibration text lies, too
         base=trained.base,
         f16=run.export / "student-F16.gguf",
         folder=run.export / "candidates",

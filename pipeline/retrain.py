@@ -62,7 +62,7 @@ def retrain(
         Every matrix of the student as the file's bytes.
     """
     dtype = training_dtype(bf16=settings.levers.bf16)
-    how = method_of(method, grid, Calibration(batches) if method in ON_BASE else None)
+    how = method_of(method, grid, Calibration(batches, progress=progress) if method in ON_BASE else None)
     # Under another name, so that no GGUF file is taken for this network's own.
     student = replace(base, name=f"{base.name} student", model=copy.deepcopy(network))
     divergence = Divergence(weight=kl_weight, temperature=1.0, teacher=SELF)

@@ -23,7 +23,7 @@ from pipeline.metrics import mark_answer
 from pipeline.packing import encode_examples
 from pipeline.progress import Progress
 from pipeline.quantize import BITS_PER_WEIGHT
-from pipeline.roundings import Learning
+from pipeline.roundings import ROTATING, Learning
 from pipeline.run_folder import check_space
 from pipeline.student import Base
 from pipeline.training_loop import Settings
@@ -104,7 +104,10 @@ def search(work: Work, held_out: HeldOut, progress: Progress) -> tuple[Choice, l
         DataError: the disk can't hold the candidates.
     """
     weights = sum(weight.numel() for weight in work.network.parameters())
-    check_space(work.folder, int(weights / 8 * sum(BITS_PER_WEIGHT[each.kind] for each in CANDIDATES)))
+    output = work.network.get_output_embeddings().weight.numel()  # once more where the stream is turned
+    untied = sum(each.how in ROTATING for each in CANDIDATES) * output * BITS_PER_WEIGHT["Q8_0"]
+    bits = weights * sum(BITS_PER_WEIGHT[each.kind] for each in CANDIDATES) + untied
+    check_space(work.folder, int(bits / 8))
     materials = work.materials()
     if held_out.caveat:
         progress.say(held_out.caveat)

@@ -49,7 +49,7 @@ from pipeline.training_loop import Objective, Settings, Trainer
 from serve.models import sha256_file
 
 _CALIBRATION = 48  # windows of 512 tokens for GPTQ
-_FORMAT = 1  # of the checkpoint; a change makes older ones unusable
+_FORMAT = 2  # of the checkpoint; a change makes older ones unusable
 _BYTES_PER_WEIGHT = 32  # adapter, checkpoint with two moments, and its successor while it is written
 
 
@@ -127,11 +127,10 @@ def train_student(
     objective = _objective(loaded, recipe.divergence, dtype, settings.levers, base)
     kept = folder / "base_blocks.safetensors"
     if recipe.base_rounding == "gptq":
-        progress.say("rounding the base by GPTQ on the training rows")
-        how = method_of(recipe.method, recipe.grid, _calibration(rows, loaded, recipe, kept))
+        how = method_of(recipe.method, recipe.grid, _calibration(rows, loaded, recipe, kept, progress))
     adapted = how.prepare(loaded, _adapter(settings, token_rows, dtype), progress.say)
     use_packed_attention(loaded.model)
-    fingerprint = _fingerprint(rows, validation, settings, loaded, recipe)
+    fingerprint = _fingerprint(rows, validation, settings, loaded, recipe, kept)
     trainer = Trainer(adapted, loaded.model, rows, validation, settings, folder, fingerprint, objective)
     check_space(folder, _BYTES_PER_WEIGHT * sum(weight.numel() for weight in trainer.weights.values()))
     state = trainer.fit(progress, checkpoint_steps=checkpoint_steps)
@@ -158,10 +157,12 @@ def _objective(
     return DistilledLoss(loaded.model, teacher, divergence, levers)
 
 
-def _calibration(rows: Sequence[Row], base: Base, recipe: Recipe, kept: Path) -> Calibration:
+def _calibration(
+    rows: Sequence[Row], base: Base, recipe: Recipe, kept: Path, progress: Progress
+) -> Calibration:
     batches = calibration_batches((row.ids for row in rows), pieces=_CALIBRATION)
     parts = [recipe.grid, base.version, [batch.tolist() for batch in batches]]
-    return Calibration(batches, kept, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
+    return Calibration(batches, kept, hashlib.sha256(json.dumps(parts).encode()).hexdigest(), progress)
 
 
 def _adapter(settings: Settings, token_rows: Sequence[int], dtype: torch.dtype) -> Adapter:
@@ -207,12 +208,15 @@ def _fingerprint(
     settings: Settings,
     base: Base,
     recipe: Recipe,
+    kept: Path,
 ) -> str:
     parts: list[Any] = [_FORMAT, [asdict(r) for r in rows], [asdict(r) for r in validation]]
     parts += [asdict(settings), asdict(recipe)]
     if recipe.divergence is not None:
         parts.append([sha256_file(path) for path in teacher_files(recipe.divergence.teacher)])
     parts += [base.version, str(base.model.dtype)]
+    if kept.is_file():  # an adapter must not go on beside other codes than those it began with
+        parts.append(sha256_file(kept))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -133,7 +133,7 @@ class Trainer:
 
     def _fit(self, progress: Progress, *, checkpoint_steps: int) -> State:
         if left_out := _leave_out_attention_dropout(self.network):
-            progress.say(f"the base's attention_dropout of {left_out:g} is left out; [train] dropout acts")
+            progress.say(f"the base's attention_dropout of {left_out:g} is left out")
         path = self.folder / "checkpoint.safetensors"
         state = self._begin(path, progress)
         progress.start("train", self.total)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from domains.jsonl import write_jsonl
 from pipeline import train
 from pipeline.calibration_text import calibration_batches
+from pipeline.gptq import collect_and_round
 from pipeline.grids.blocks import Packed
 from pipeline.grids.layout import unpack
 from pipeline.methods import grid_base
@@ -27,6 +30,15 @@ from tests.tiny_llama import make_tiny_llama
 KEPT = "base_blocks.safetensors"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums in the same order in every training."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
@@ -40,6 +52,9 @@ class Stopping(Silent):
     """Ends the training after its fourth step, one after a checkpoint."""
 
     steps = 0
+
+    def start(self, what: str, total: int) -> None:
+        self.steps = 0
 
     def advance(self, amount: int = 1) -> None:
         self.steps += amount
@@ -101,7 +116,9 @@ def test_a_training_that_goes_on_does_not_round_again(
         train_on(tiny, stopped, Stopping())
     assert (stopped.training / KEPT).is_file()
     monkeypatch.setattr(grid_base, "collect_and_round", None)
-    train_on(tiny, stopped)
+    progress = Silent()
+    train_on(tiny, stopped, progress)
+    assert any(line.startswith("going on after step 3") for line in progress.lines)
     assert not (stopped.training / KEPT).exists()
     for path in sorted((whole.training / "adapter").iterdir()):
         assert (stopped.training / "adapter" / path.name).read_bytes() == path.read_bytes(), path.name
@@ -127,7 +144,22 @@ def test_blocks_are_kept_for_what_they_were_made_for(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == [KEPT]
 
 
+def test_an_adapter_does_not_go_on_beside_another_base(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path)
+    with pytest.raises(Stopped):
+        train_on(tiny, run, Stopping())
+    (run.training / KEPT).unlink()
+    monkeypatch.setattr(grid_base, "collect_and_round", partial(collect_and_round, sweeps=0))
+    progress = Silent()
+    train_on(tiny, run, progress)
+    assert any("starts afresh" in line for line in progress.lines)
+
+
 def test_a_base_whose_own_file_lies_on_the_grid_is_not_rounded() -> None:
     base = load_base(SMOLLM2, dtype=torch.float32)
-    found = base_blocks(base, "Q4_1", Calibration([]))  # no text: GPTQ would refuse
+    progress = Silent()
+    found = base_blocks(base, "Q4_1", Calibration([], progress=progress))  # no text: GPTQ would refuse
+    assert progress.lines == ["the base's own file lies on the Q4_1 grid: GPTQ has nothing to round"]
     assert set(found) == {f"{path}.weight" for path, _ in grid_base.block_linears(base.model)}

@@ -314,18 +314,9 @@ def history(base: Path, folder: Path, progress: Silent, **changes: Any) -> list[
 @pytest.mark.parametrize("lora_layers", [0, 1])
 def test_a_bases_attention_dropout_is_left_out_and_said(lora_layers: int, tmp_path: Path) -> None:
     base = make_tiny_llama(tmp_path / "tiny")
-    common = layout_of(
-        Pack(
-            tuple(
-                encode_examples(
-                    [example(1), example(2)], load_base(str(base), dtype=torch.float32), max_tokens=512
-                )[0]
-            )
-        ),
-        share=True,
-        even=True,
-    )
-    assert common.prefix, "the rows share a beginning"
+    loaded = load_base(str(base), dtype=torch.float32)
+    two, _ = encode_examples([example(1), example(2)], loaded, max_tokens=512)
+    assert layout_of(Pack(tuple(two)), share=True, even=True).prefix, "the rows share a beginning"
     given = {"lora_layers": lora_layers, "levers": Levers(bf16=False)}
     expected = history(base, tmp_path / "without", Silent(), **given)
     config = base / "config.json"

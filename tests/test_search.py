@@ -50,9 +50,11 @@ def test_what_training_may_have_seen_is_said() -> None:
 def test_a_disk_that_cannot_hold_all_candidates_is_said_before_any_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = SimpleNamespace(free=5_000_000)  # the fifteen files of a million weights want 12 MB
+    usage = SimpleNamespace(free=5_000_000)  # the fifteen files of a million weights want more than 12 MB
     monkeypatch.setattr("pipeline.run_folder.shutil.disk_usage", lambda _place: usage)
     nothing: Any = None
-    work = Work(torch.nn.Linear(1000, 1000), nothing, nothing, tmp_path, (), 512, nothing)
+    network = torch.nn.Linear(1000, 1000)
+    network.get_output_embeddings = lambda: network  # type: ignore[assignment]
+    work = Work(network, nothing, nothing, tmp_path, (), 512, nothing)
     with pytest.raises(DataError, match="5 MB free"):
         search(work, HeldOut((), "", None, 1.0, 0.0), Silent())

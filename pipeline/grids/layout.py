@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from domains.errors import ModelError
 from pipeline.grids.blocks import BLOCK, Blocks, GridName
 
-_BLOCK_BYTES: dict[GridName, int] = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+BLOCK_BYTES: dict[GridName, int] = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 _HALF = BLOCK // 2
 
 
@@ -17,7 +17,7 @@ def pack(blocks: Blocks) -> NDArray[np.uint8]:
     """The bytes of a matrix, uint8 [out, bytes per row]."""
     rows, width = blocks.codes.shape
     count = width // BLOCK
-    packed = np.empty((rows, count, _BLOCK_BYTES[blocks.grid]), dtype=np.uint8)
+    packed = np.empty((rows, count, BLOCK_BYTES[blocks.grid]), dtype=np.uint8)
     packed[..., 0:2] = _half_bytes(blocks.d)
     codes = blocks.codes.cpu().numpy().reshape(rows, count, BLOCK)
     if blocks.grid == "Q8_0":
@@ -36,7 +36,7 @@ def unpack(rows: NDArray[np.uint8], grid: GridName) -> Blocks:
     Raises:
         ModelError: rows that are not whole blocks.
     """
-    size = _BLOCK_BYTES[grid]
+    size = BLOCK_BYTES[grid]
     if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] % size or not rows.size:
         raise ModelError(
             f"{rows.dtype} rows of shape {rows.shape} are not whole {grid} blocks",

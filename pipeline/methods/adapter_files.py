@@ -22,7 +22,6 @@ from safetensors.numpy import save_file
 from domains.errors import ModelError
 from domains.jsonl import write_text_atomic
 from pipeline.grids.blocks import Packed
-from pipeline.run_folder import check_space
 
 BLOCKS = "blocks.safetensors"
 
@@ -67,7 +66,6 @@ def keep_blocks(path: Path, key: str, make: Callable[[], dict[str, Packed]]) -> 
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         pass  # there are none, or damaged ones: both are made anew
     made = make()
-    check_space(path.parent, sum(matrix.rows.nbytes for matrix in made.values()))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

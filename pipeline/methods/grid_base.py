@@ -8,7 +8,7 @@ Norms are never rounded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from domains.errors import ModelError
 from domains.routes import Grid
 from pipeline.gptq import collect_and_round
 from pipeline.grids.blocks import BLOCK, Blocks, Packed
-from pipeline.grids.layout import pack, unpack
+from pipeline.grids.layout import BLOCK_BYTES, pack, unpack
 from pipeline.grids.library import ggml_decode
 from pipeline.grids.rounding import decode, encode
 from pipeline.grids.search import fit
 from pipeline.methods.adapter_files import keep_blocks
+from pipeline.progress import Progress, Silent
+from pipeline.run_folder import check_space
 from pipeline.student import Base
 from serve.models import SMOLLM2, packaged_gguf
 
@@ -40,11 +42,13 @@ class Calibration:
         batches: token ids, each [rows, length], without padding.
         kept: where the rounded base is kept for a training that is taken up again; None: nowhere.
         key: of what is kept: a base that was rounded from something else is not taken up.
+        progress: told what happens, where anybody wants to know.
     """
 
     batches: Sequence[torch.Tensor]
     kept: Path | None = None
     key: str = ""
+    progress: Progress = field(default_factory=Silent)
 
 
 def block_linears(model: Any) -> Iterator[tuple[str, nn.Linear]]:
@@ -70,8 +74,10 @@ def base_blocks(base: Base, grid: Grid, calibration: Calibration | None = None) 
         check_linear(path, linear)
         linears[f"{path}.weight"] = linear
     found = {name: unpack(own[name].rows, grid) for name in linears if name in own and own[name].kind == grid}
-    if len(found) < len(linears) and calibration is not None:
-        return _by_gptq(base.model, grid, calibration)
+    if calibration is not None:
+        if len(found) < len(linears):
+            return _by_gptq(base.model, grid, calibration)
+        calibration.progress.say(f"the base's own file lies on the {grid} grid: GPTQ has nothing to round")
     for name, linear in linears.items():
         if name not in found:
             found[name] = fit(linear.weight.detach().float(), grid)
@@ -79,8 +85,17 @@ def base_blocks(base: Base, grid: Grid, calibration: Calibration | None = None) 
 
 
 def _by_gptq(model: Any, grid: Grid, calibration: Calibration) -> dict[str, Blocks]:
+    progress = calibration.progress
+
     def rounded() -> dict[str, Packed]:
-        blocks = collect_and_round(model, calibration.batches, grid=grid, permute_intermediate=False)
+        if calibration.kept is not None:
+            weights = sum(linear.weight.numel() for _, linear in block_linears(model))
+            check_space(calibration.kept.parent, weights // BLOCK * BLOCK_BYTES[grid])
+        progress.start("rounding the base by GPTQ", model.config.num_hidden_layers)
+        blocks = collect_and_round(
+            model, calibration.batches, grid=grid, permute_intermediate=False,
+            on_layer=lambda _done, _all: progress.advance(),
+        )  # fmt: skip
         return pack_blocks(blocks)
 
     if calibration.kept is None:
@@ -160,5 +175,6 @@ def check_linear(path: str, linear: nn.Linear) -> None:
         raise ModelError(
             f"{path!r} has {what}",
             expected=f"rows that blocks of {BLOCK} weights divide, and no biases",
-            next_step='choose [train] method = "qlora" in domain.toml',
+            next_step="name another base in [student] of domain.toml"
+            + ("" if linear.bias is not None else ', or choose [train] method = "qlora"'),
         )
