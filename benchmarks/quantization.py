@@ -110,7 +110,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    rows=16, epochs=2, exact_rows=8, length=512, calibration=24, texts=4, exam=4, learning_steps=16, heal_steps=20,
+    rows=12, epochs=2, exact_rows=6, length=512, calibration=16, texts=4, exam=2, learning_steps=16, heal_steps=14,
     heal_batch=2, prompt_rounds=3,
 )  # fmt: skip
 FULL = Sizes(
