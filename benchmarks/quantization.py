@@ -1,7 +1,7 @@
 """Measures the routes from a trained student to the file that is served: exactness, and quality at equal bits.
 
     python benchmarks/quantization.py              everything, well over an hour on 2 cores
-    python benchmarks/quantization.py --quick      small samples, about 15 minutes on 2 idle cores
+    python benchmarks/quantization.py --quick      small samples, about 17 minutes on 2 idle cores
     python benchmarks/quantization.py --json       the last line is one JSON object
     python benchmarks/quantization.py --parts candidates --networks default --only gptq-q4_0 llamacpp-q4_0-imatrix
 
@@ -110,7 +110,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    rows=12, epochs=2, exact_rows=6, length=512, calibration=16, texts=4, exam=2, learning_steps=16, heal_steps=14,
+    rows=12, epochs=2, exact_rows=6, length=512, calibration=16, texts=4, exam=2, learning_steps=16, heal_steps=20,
     heal_batch=2, prompt_rounds=3,
 )  # fmt: skip
 FULL = Sizes(
