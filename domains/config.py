@@ -257,7 +257,7 @@ class TrainSection(Record):
     1e-3 for qat, Q8_0 and 1e-3 for grid-lora.
     ``base_rounding``: how qalora's and grid-lora's base gets onto the grid where its own file does not lie there:
     ``search`` looks for each block's scale, ``gptq`` rounds each layer for what the training rows make of the others
-    (QA-LoRA's own way; nearer to the base, and minutes for 135M weights, hours for 3B on 2 cores).
+    (QA-LoRA's own way; about two minutes for the default model on 2 cores, growing with the weights).
     ``objective``: cross-entropy (``ce``), or also (``ce+kl``, without which these three keys may not be set)
     ``kl_weight`` times the divergence from a ``kl_teacher`` at ``kl_temperature``:
     the ``base`` before rounding, a student that another run finished from this base (the ``train`` folder

@@ -12,9 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.wording import content_stems
-from rag.words import sentence_spans, words
+from rag.words import is_negation, sentence_spans, words
 
-_NEGATION = "no not never none neither nor without cannot nothing nobody"
 # What looks like a negation and denies nothing.
 _NEUTRAL = re.compile(
     r"\b(?:no|not) (?:more|less|fewer|later|longer|earlier|sooner|higher|lower|greater) than\b"
@@ -31,7 +30,7 @@ _SOFT = (
 )
 # "Not thought to be safe" denies the safety, and so do "no longer safe" and "no evidence that it is safe".
 _PASSED = "evidence proof believed called considered deemed found known proven regarded said seen shown thought always longer often yet"
-_NEGATIONS, _PASSED_OVER = frozenset(_NEGATION.split()), frozenset(_PASSED.split())
+_PASSED_OVER = frozenset(_PASSED.split())
 _NEAR = 3  # words after a negation that it may concern
 # Where another clause begins. Not at every comma: "not used for asthma, gout or migraine" is one.
 _BOUNDARY = re.compile(
@@ -96,13 +95,13 @@ def _clauses(text: str) -> Iterator[_Clause]:
 
 def _clause(said: Sequence[str]) -> _Clause:
     stems = [
-        None if _is_negation(word) else stem for word, stem in zip(said, content_stems(said), strict=True)
+        None if is_negation(word) else stem for word, stem in zip(said, content_stems(said), strict=True)
     ]
     content = frozenset(stem for stem in stems if stem)
     denies: set[str] = set()
     may_deny: set[str] = set()
     for i, word in enumerate(said):
-        if _is_negation(word):
+        if is_negation(word):
             denies |= _governed(said[i + 1 :], stems[i + 1 :]) or content
             may_deny |= {stem for stem in stems[i + 1 : i + 1 + _NEAR] if stem}
     soft = frozenset(stem for word, stem in zip(said, stems, strict=True) if stem and word.startswith(_SOFT))
@@ -125,8 +124,4 @@ def _first_words(text: str) -> list[str]:
 
 
 def _negates(said: Sequence[str]) -> bool:
-    return any(_is_negation(word) for word in said)
-
-
-def _is_negation(word: str) -> bool:
-    return word in _NEGATIONS or word.endswith("n't")
+    return any(is_negation(word) for word in said)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from domains.records import Citation, Passage
 from domains.words import NUMBER_WORDS, amounts, numbers
-from rag.words import sentence_spans, stem, words
+from rag.words import NEGATIONS, is_negation, sentence_spans, stem, words
 
 _NAME = re.compile(r"\b[A-Z][\w-]+")
 _MIN_CHARS, _MIN_WORDS = 8, 2
@@ -34,8 +34,7 @@ my your his its our their this that these those there here who whom whose which 
 also just very too only own same such both each any some all most more other another e g i.e according
 answer passage document says said states stated mentions
 """
-_NEGATION = "no not never none neither nor without cannot nothing nobody"
-_FUNCTION_WORDS, _NEGATIONS = frozenset(_FUNCTION.split()), frozenset(_NEGATION.split())
+_FUNCTION_WORDS = frozenset(_FUNCTION.split())
 # Answers without words of their own: what they mean stands in the question.
 _BARE = frozenset({"yes", "mayb", "maybe", *"abcdefgh"})
 # Where a negation does not reach across: "given to adults, not to children", "a tablet that does not cause drowsiness".
@@ -299,7 +298,7 @@ def _whole(text: str, start: int, end: int) -> bool:
 
 def content(text: str) -> set[str]:
     """The stems of a text's words that say something: no function words, no negations; number words as digits."""
-    return set(_stems(word for word in words(text) if word not in _FUNCTION_WORDS | _NEGATIONS))
+    return set(_stems(word for word in words(text) if word not in _FUNCTION_WORDS | NEGATIONS))
 
 
 def _stems(text_words: Iterable[str]) -> list[str]:
@@ -307,7 +306,7 @@ def _stems(text_words: Iterable[str]) -> list[str]:
 
 
 def _is_negated(text_words: Sequence[str]) -> bool:
-    return any(word in _NEGATIONS or word.endswith("n't") for word in text_words)
+    return any(is_negation(word) for word in text_words)
 
 
 def _share(wanted: set[str], sentence: str, *, negated: bool) -> float:
@@ -358,7 +357,7 @@ def _denied(text_words: Sequence[str]) -> bool:
     for word in text_words:
         if word in _DENIALS or word.endswith("n't"):
             return True
-        passed += word not in _FUNCTION_WORDS | _NEGATIONS
+        passed += word not in _FUNCTION_WORDS | NEGATIONS
         if passed > _REACH:
             return False
     return False

@@ -47,6 +47,15 @@ def _stemmer() -> Any:
     return _stemmers.english
 
 
+_NEGATION = "no not never none neither nor without cannot nothing nobody"
+NEGATIONS = frozenset(_NEGATION.split())
+
+
+def is_negation(word: str) -> bool:
+    """Whether one of `words` negates."""
+    return word in NEGATIONS or word.endswith("n't")
+
+
 def stem(word_list: list[str]) -> list[str]:
     """Snowball's English stem of each word."""
     return list(_stemmer().stemWords(word_list))

@@ -33,3 +33,12 @@ def close_what_llama_cpp_leaves_open() -> Iterator[None]:
     for name in ("outnull_file", "errnull_file"):
         if opened is not None and hasattr(opened, name):
             getattr(opened, name).close()
+
+
+@pytest.fixture(scope="module")
+def on_one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from threads, and two trainings must sum in the same order."""
+    from pipeline.one_thread import one_thread
+
+    with one_thread():
+        yield
