@@ -29,12 +29,13 @@ from pipeline.reflection_bench import (
 from serve.confidence import Calibration
 from tests.exam_example import ABSTAIN, ActorEngine, Shelf, passages, questions
 from tests.test_reflection_exam import Student
-from tests.test_retrieval_bench import RECIPE, medquad, one_thread
+from tests.test_retrieval_bench import RECIPE, medquad
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import distillation
 
-__all__ = ["medquad", "one_thread"]  # fixtures for this module too
+__all__ = ["medquad"]  # a fixture for this module too
+pytestmark = pytest.mark.usefixtures("on_one_thread")
 
 
 def test_quick_leaves_out_the_sweep_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

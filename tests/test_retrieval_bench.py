@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_rerank_train import CARE, THINGS, one_thread
+from test_rerank_train import CARE, THINGS
 
 from domains.config import RerankSection
 from domains.jsonl import write_jsonl
@@ -19,7 +19,7 @@ from pipeline.retrieval_bench import RememberingEmbedder, measure_case, take_gro
 from pipeline.retrieval_cases import Case, corpus_case, medquad_case, prd_case
 from rag.embed import MiniLMEmbedder
 
-__all__ = ["one_thread"]  # a fixture for this module too
+pytestmark = pytest.mark.usefixtures("on_one_thread")
 RECIPE = RerankSection(epochs=1, dimensions=16, batch=24, candidates=20, development_share=0.2)
 
 
