@@ -11,8 +11,8 @@ exactness   each [train] method trains a few rows; the file's blocks are compare
 candidates  files of one student, compared with it in full precision: `default` is the default model, fine-tuned
             (untouched, its weights lie on the Q4_1 grid); `k-capable` the default model cut to widths that K-quants
             divide (SliceGPT's way), then trained here with all of its weights. Both have the same table; --quick
-            has llama.cpp's own Q4_0 and Q4_K_M, R1 + R2 with GPTQ, and of the first network GPTQ alone. Rotations
-            learned on the cross-entropy: --only learned-ce-gptq-q4_0.
+            has llama.cpp's own Q4_0 and Q4_K_M, and R1 + R2 with GPTQ. Rotations learned on the cross-entropy:
+            --only learned-ce-gptq-q4_0.
 
 Texts: wikitext articles where ``--data`` has them (folder ``wikitext2_test``) and documents of the exam split, none of
 them used in training or calibration. The exam: questions of the exam split with their gold passages.
@@ -69,7 +69,7 @@ from pipeline.training_loop import Settings
 from rag.load import load_documents
 from rag.passages import split_document
 from serve.engine import Engine
-from serve.models import SMOLLM2, packaged_gguf
+from serve.models import packaged_gguf
 from serve.quantizer import requantize
 
 ROOT = Path(__file__).parent.parent
@@ -78,17 +78,8 @@ NETWORKS = ("default", "k-capable")
 ROUTES: tuple[tuple[str, Grid | None], ...] = (
     ("qlora", None), ("qalora", "Q4_1"), ("qalora", "Q4_0"), ("qat", "Q4_0"), ("grid-lora", "Q4_0"),
 )  # fmt: skip
-# Left out with --quick, to bound its time; the full run has them.
-NOT_QUICK = {
-    "default": {
-        "rtn-q4_0", "mse-q4_0", "gptq-q4_1", "r2-gptq-q4_0", "learned-gptq-q4_0", "learned-kl-gptq-q4_0", "tuned-gptq-q4_0",
-        "llamacpp-q8_0", "qat-q4_0", "qalora-q4_1", "qalora-q4_0",
-    },
-    "k-capable": {
-        "llamacpp-q8_0", "rtn-q4_0", "mse-q4_0", "gptq-q4_0", "gptq-q4_1", "r2-gptq-q4_0", "learned-gptq-q4_0", "learned-kl-gptq-q4_0",
-        "tuned-gptq-q4_0", "qat-q4_0", "qalora-q4_1", "qalora-q4_0",
-    },
-}  # fmt: skip
+# What --quick makes of each network, to bound its time; the full run has them all.
+QUICK_CANDIDATES = {"llamacpp-q4_0-imatrix", "llamacpp-q4_k_m-imatrix", "r1r2-gptq-q4_0"}
 MOST_BITS = 4.6  # of the blocks, for the comparison with llama.cpp's own Q4_0
 
 
@@ -110,7 +101,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    rows=12, epochs=2, exact_rows=6, length=512, calibration=16, texts=4, exam=2, learning_steps=16, heal_steps=20,
+    rows=12, epochs=2, exact_rows=6, length=512, calibration=24, texts=4, exam=2, learning_steps=16, heal_steps=20,
     heal_batch=2, prompt_rounds=3,
 )  # fmt: skip
 FULL = Sizes(
@@ -263,7 +254,7 @@ def measure_exactness(
             "kl_interval": [round(kl.low, 6), round(kl.high, 6)],
             **facts,
         }
-        if method == "qalora" and grid == "Q4_1" and trained.base.name == SMOLLM2:
+        if method == "qalora" and grid == "Q4_1" and trained.base.packaged:
             found[name] |= compare_with_base(path, network.config)
     return found
 
@@ -352,11 +343,11 @@ def measure_network(
     )  # fmt: skip
     reference = Reference.of_file(f16, texts)
     wanted = options.only or [
-        each.name for each in CANDIDATES if not options.quick or each.name not in NOT_QUICK[name]
+        each.name for each in CANDIDATES if not options.quick or each.name in QUICK_CANDIDATES
     ]
     chosen = [each for each in possible([*CANDIDATES, *ON_REQUEST], materials) if each.name in wanted]
     found = list(measure(chosen, materials, folder, reference, progress, exam=lambda path: ask(ground, path)))
-    itself, exam = reference.measure(f16), mean_score(ask(ground, f16))
+    itself, exam = reference.itself(), mean_score(ask(ground, f16))
     rows = [{**each.row(), "network": name, **wikitext(each.fidelity, split)} for each in found]
     return rows, {
         **about,

@@ -120,4 +120,14 @@ def _idle(config: DomainConfig) -> list[str]:
             f"reflect.distracting = {reflect.distracting!r}: backend = 'tokens' scores every passage and answers from the "
             'best; leave distracting out, or write backend = "text" or "grader"'
         )
+    if reflect.backend == "none" and reflect.distracting != "abstain":
+        found.append(
+            f"reflect.distracting = {reflect.distracting!r}: backend = 'none' judges no passages; leave distracting out, or "
+            'write backend = "text" or "grader"'
+        )
+    if reflect.backend != "tokens" and reflect.drafts != "answer":
+        found.append(
+            f"reflect.drafts = {reflect.drafts!r}: only backend = 'tokens' augments drafts; leave drafts out, or write "
+            'backend = "tokens"'
+        )
     return found

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from domains.records import Critique, CritiqueTask, Passage
 from domains.words import squash
 from pipeline.critic import Ask
+from pipeline.negation import opposed
 from pipeline.rows import gold_quotes, may_answer
 from pipeline.wording import content_words, recall
 from rag.answers import reference_answer
@@ -78,7 +79,10 @@ def support_by_words(output: str, passage: Passage) -> tuple[str, str]:
 
 
 def _utility(ask: Ask) -> tuple[str, str]:
-    share = recall(reference_answer(ask.question), ask.output) if ask.question.answer else 0.0
+    reference = reference_answer(ask.question) if ask.question.answer else ""
+    if ask.question.kind == "open" and opposed(reference, ask.output):
+        return "1", "it says the opposite of the reference"
+    share = recall(reference, ask.output) if reference else 0.0
     return str(1 + round(4 * share)), f"{share:.0%} of the reference's words"
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from domains.cores import usable_cores
 from domains.errors import PreceptorError
 from domains.records import Message
 from pipeline.run_folder import Run
@@ -62,7 +63,7 @@ def _machine(runs: Path) -> list[Finding]:
     free = shutil.disk_usage(place).free
     return [
         Finding("python", platform.python_version(), sys.version_info >= (3, 11)),
-        Finding("cores", str(os.cpu_count())),
+        Finding("cores", str(usable_cores())),
         Finding("fast bf16 on the CPU", "yes" if "avx512_bf16" in _cpu_flags() else "no (fp32 is used)"),
         Finding("memory", f"{memory / 1e9:.1f} GB", memory > 3.5e9),
         Finding("free disk", f"{free / 1e9:.1f} GB", free > 2e9),

@@ -118,8 +118,21 @@ class Reference:
                 rows.append(compare(before, _logits(engine.logits, text), text.tokens[text.first + 1 :]))
                 if on_done:
                     on_done()
-        kl, nll, same, positions = zip(*rows, strict=True)
-        return Fidelity(kl, nll, same, positions)
+        return _fidelity(rows)
+
+    def itself(self) -> Fidelity:
+        """The network held against itself: its perplexity, without running it again."""
+        return _fidelity(
+            [
+                compare(logits, logits, text.tokens[text.first + 1 :])
+                for text, logits in zip(self.texts, self.logits, strict=True)
+            ]
+        )
+
+
+def _fidelity(rows: Sequence[tuple[float, float, int, int]]) -> Fidelity:
+    kl, nll, same, positions = zip(*rows, strict=True)
+    return Fidelity(kl, nll, same, positions)
 
 
 def compare(before: Logits, after: Logits, targets: Sequence[int]) -> tuple[float, float, int, int]:

@@ -22,6 +22,7 @@ _FAMILY: dict[GgufType, frozenset[str]] = {
     "Q4_1": frozenset({"Q4_1", "Q6_K", "F32"}),
     "Q4_K_M": frozenset({"Q4_K", "Q5_K", "Q6_K", "F32"}),
 }
+_OUTER = ("token_embd.weight", "output.weight")
 # Mean over all tensors of Llama models of 0.1 to 3 billion weights, the fallbacks of odd widths included:
 # for the estimate of disk space.
 BITS_PER_WEIGHT: dict[GgufType, float] = {"F16": 16.0, "Q8_0": 8.6, "Q4_0": 5.6, "Q4_1": 6.0, "Q4_K_M": 6.5}
@@ -72,13 +73,18 @@ def quantize(
     return describe_file(target, kind)
 
 
-def describe_file(path: Path, kind: GgufType) -> QuantizeReport:
-    """What a file in the format ``kind`` holds."""
+def describe_file(path: Path, kind: GgufType, *, outer: GgufType | None = None) -> QuantizeReport:
+    """What a file in the format ``kind`` holds; ``outer`` is a type that embedding and output matrix may have on purpose."""
     facts = check_gguf(path)
+    meant = {name: {outer} for name in _OUTER}
     return QuantizeReport(
         asked=kind,
         size_bytes=facts.size_bytes,
         bits_per_weight=round(facts.bits_per_weight, 3),
         kinds=facts.kind_counts,
-        fallbacks=tuple(tensor.name for tensor in facts.tensors if tensor.kind not in _FAMILY[kind]),
+        fallbacks=tuple(
+            tensor.name
+            for tensor in facts.tensors
+            if tensor.kind not in _FAMILY[kind] and tensor.kind not in meant.get(tensor.name, ())
+        ),
     )

@@ -81,7 +81,7 @@ def compare_prompts(one: Path, other: Path, *, prompt_tokens: int = 512, rounds:
             seconds = {id(engine): _read(engine, prompt) for engine in turn}
             if round_:
                 ratios.append(seconds[id(second)] / seconds[id(first)])
-    low, median, high = statistics.quantiles(ratios, n=4)
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return PromptRatio(round(median, 3), round(low, 3), round(high, 3), rounds)
 
 

@@ -25,7 +25,7 @@ from pipeline.quantize import BITS_PER_WEIGHT, QuantizeReport, describe_file, qu
 from pipeline.replays import Turn, make_replay
 from pipeline.run_folder import Run, check_space, disk_errors
 from pipeline.student import Base, encode_completion, encode_prompt, load_student, render_prompt
-from serve.models import SMOLLM2, packaged_gguf
+from serve.models import packaged_gguf
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def write_formats(
                 report = _place_exact(run, exact, target)
             elif made and kind == served:
                 made.replace(target)
-                report = describe_file(target, kind)
+                report = describe_file(target, kind, outer="Q8_0")
             else:
                 source = run.export / "student-F16.gguf"
                 report = quantize(source, target, kind=kind, imatrix=student.imatrix)
@@ -198,7 +198,7 @@ def _place_exact(run: Run, exact: Exact, target: Path) -> QuantizeReport:
         share_base(exact.student, target, runs=run.folder.parent.parent)
     else:
         exact.student.replace(target)
-    return describe_file(target, exact.kind)
+    return describe_file(target, exact.kind, outer="Q8_0")
 
 
 def pass_gate(
@@ -251,7 +251,6 @@ def _rows(base: Base, examples: Iterable[Example]) -> Iterator[list[int]]:
 
 def write_f16(path: Path, network: Any, base: Base, *, title: str) -> None:
     """Write a merged network as GGUF in F16."""
-    smollm2 = base.name == SMOLLM2
     write_llama_gguf(
         path,
         state=network.state_dict(),
@@ -261,7 +260,7 @@ def write_f16(path: Path, network: Any, base: Base, *, title: str) -> None:
         name=named(title, base),
         licence=base.licence,
         end_of_turn=base.end_of_turn,
-        copy_tokenizer_from=packaged_gguf() if smollm2 else None,
+        copy_tokenizer_from=packaged_gguf() if base.packaged else None,
     )
 
 

@@ -165,6 +165,10 @@ def _verify_yes_no(question: Question, rationale: Rationale) -> Verdict:
         return Verdict(
             ok=False, reason="does_not_support_answer", detail=f"has {share:.0%} of the gold quote's words"
         )
+    own = prose(rationale.text)
+    if opposed(deciding, own):
+        detail = f"{squash(own)[:80]!r} says the opposite of the gold quote {deciding[:60]!r}"
+        return Verdict(ok=False, reason="contradicts_answer", detail=detail)
     return PASS
 
 

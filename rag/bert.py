@@ -6,13 +6,13 @@ of the work, see no padding; only attention is padded, among texts of similar le
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
+from domains.cores import usable_cores
 from rag.blas import one_blas_thread
 
 Floats = NDArray[np.float32]
@@ -82,7 +82,7 @@ class BertEncoder:
         batches = list(_batches([len(ids) for ids in token_ids]))
         with one_blas_thread():
             if len(batches) > 1:
-                with ThreadPoolExecutor(min(len(batches), os.cpu_count() or 1, 16)) as pool:
+                with ThreadPoolExecutor(min(len(batches), usable_cores(), 16)) as pool:
                     list(pool.map(encode, batches))
             else:
                 for batch in batches:

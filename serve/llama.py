@@ -7,7 +7,6 @@ llama-cpp-python's high-level class runs one sequence at a time and keeps the lo
 from __future__ import annotations
 
 import ctypes
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from domains.config import KvCache
+from domains.cores import usable_cores
 from domains.errors import ModelError
 from serve.adapter_check import check_adapter
 from serve.llama_log import last_lines
@@ -60,7 +60,7 @@ class Llama:
             # Graphs are sized by what is loaded: the adapter comes before the context.
             self._adapter = None if adapter is None else self._load_adapter(adapter)
             try:
-                self._ctx = self._new_context(parallel, threads or os.cpu_count() or 1, kv_cache)
+                self._ctx = self._new_context(parallel, threads or usable_cores(), kv_cache)
             except BaseException:
                 self._free_adapter()
                 raise

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from domains.config import GgufType
+from domains.cores import usable_cores
 from domains.errors import ModelError
 from serve.gguf_check import check_gguf
 from serve.llama_log import last_lines, quiet
@@ -47,7 +48,7 @@ def requantize(
     quiet()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-    params.nthread = threads or os.cpu_count() or 1
+    params.nthread = threads or usable_cores()
     params.allow_requantize = True
     if outer is not None:
         params.token_embedding_type = params.output_tensor_type = getattr(llama_cpp, f"GGML_TYPE_{outer}")

@@ -148,6 +148,7 @@ def test_rules_know_gold_quotes_overlap_and_unanswerable_questions() -> None:
     one_by_one = [Ask("issup", longer, HOLDS, "", text) for text in (answer, "Bananas are yellow.")]
     assert labels(one_by_one) == ["full", "none"]  # the passage's quote decides one sentence of the two
     assert labels([ask("isuse", answer), ask("isuse", "I like cheese.")]) == ["5", "1"]
+    assert labels([ask("isuse", "Colchicine does not treat gout within hours.")]) == ["1"]
 
 
 def test_rules_decide_in_the_middle_of_an_answer() -> None:

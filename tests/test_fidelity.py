@@ -63,6 +63,7 @@ def test_a_file_is_itself_and_a_coarser_one_is_farther(tmp_path: Path) -> None:
     texts = [Text(tuple(range(20 + shift, 60 + shift)), first=3 * shift) for shift in range(3)]
     reference = Reference.of_file(f16, texts)
     same = reference.measure(f16)
+    assert reference.itself() == same
     assert same.positions == (39, 36, 33)
     assert same.kl.mean < 1e-9
     assert same.top1_agreement == 1

@@ -89,6 +89,11 @@ def test_a_profile_may_choose_another_method() -> None:
             '[reflect]\nbackend = "tokens"\ndistracting = "answer"\n',
             r"reflect\.distracting = 'answer': .*\"text\" or \"grader\"",
         ),
+        ('[reflect]\ndistracting = "answer"\n', r"reflect\.distracting = 'answer': .*judges no passages"),
+        (
+            '[reflect]\nbackend = "text"\ndrafts = "explained"\n',
+            r"reflect\.drafts = 'explained': .*backend = \"tokens\"",
+        ),
         ('[train]\nmethod = "lora"\n', r"train\.method = 'lora'"),
     ],
 )
@@ -104,6 +109,7 @@ def test_what_is_used_is_no_contradiction() -> None:
     for backend in ("text", "grader"):
         text = f'[reflect]\nbackend = "{backend}"\ndistracting = "answer"\n'
         assert config(text).reflect.distracting == "answer"
+    assert config('[reflect]\nbackend = "tokens"\ndrafts = "explained"\n').reflect.drafts == "explained"
 
 
 def test_contradictions_stand_beside_other_mistakes_of_other_profiles() -> None:

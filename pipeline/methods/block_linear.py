@@ -44,7 +44,7 @@ class BlockLinear(nn.Module):
     def blocks(self) -> Blocks:
         """The blocks as they are now: what the next forward pass computes with, and what is exported."""
         with torch.no_grad():
-            delta = self.b @ self.a * self.scaling
+            delta = (self.b @ self.a * self.scaling).cpu()  # where the base's blocks lie
             return self.rule.blocks(delta if self.enabled else torch.zeros_like(delta))
 
     @property

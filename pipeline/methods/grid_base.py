@@ -27,7 +27,7 @@ from pipeline.methods.adapter_files import keep_blocks
 from pipeline.progress import Progress, Silent
 from pipeline.run_folder import check_space
 from pipeline.student import Base
-from serve.models import SMOLLM2, packaged_gguf
+from serve.models import packaged_gguf
 
 _GRIDS = {"Q4_0", "Q4_1", "Q8_0"}
 _OUTER = ("model.embed_tokens.weight", "lm_head.weight")
@@ -157,7 +157,7 @@ def _outer(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _own_file(base: Base) -> Mapping[str, Packed]:
     """The matrices of the base's GGUF file; nothing for a base of another form."""
-    if base.name != SMOLLM2:
+    if not base.packaged:
         return {}
     from pipeline.gguf_tensors import read_packed
 
