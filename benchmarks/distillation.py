@@ -537,7 +537,9 @@ def prepared(
     domain = load_domain(options.domain, profile=options.profile)
     config = domain.config
     changes: dict[str, dict[str, Any]] = {
-        "curate": {"keep_per_question": keep, "rationale_in_target": keep > 1},
+        # What the file chose must not leak into arms that are named for something else.
+        "curate": {"keep_per_question": keep, "rationale_in_target": keep > 1, "evidence": "gold"},
+        "reflect": {"backend": "none", "drafts": "answer"},
         "elicit": {"samples": keep},
         "rerank": {"enabled": True, "keep": "always"},  # its arms are to be measured, gain or not
     }

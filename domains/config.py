@@ -100,18 +100,18 @@ class ElicitSection(Record):
 class CurateSection(Record):
     """What is kept for training.
 
-    Shares are of all training rows: ``retrieved_share`` rows take their passages from the question's
-    own retrieval instead of the teacher's, ``irrelevant_share`` rows get passages that do not answer
-    and the abstention as target (closing the gap between training and serving); ``abstention_share`` is
-    the most that abstentions of all kinds may be of all rows.
+    ``retrieved_share`` of the rows that come from rationales take their passages from the question's own retrieval instead
+    of the teacher's, as far as these answer for certain or certainly don't (the report counts the others);
+    ``irrelevant_share`` of all rows show passages that do not answer, with the abstention as target (closing the gap
+    between training and serving); ``abstention_share`` is the most that abstentions of all kinds may be of all rows.
     ``evidence`` says which passages the other rows show: ``gold`` those that the teacher saw, ``rationale``
     those that BM25 finds with the rationale (KARD, arXiv 2305.18395). The ``tokens`` and ``text`` back-ends of
     ``[reflect]`` draw passages of their own: there neither ``evidence`` nor ``retrieved_share`` may be set.
     ``keep_per_question``: more than one is kept only where they make different rows: with ``rationale_in_target``, with
     ``[reflect] drafts`` = ``explained``, with ``evidence`` = ``rationale`` where they find other passages, or where a question
     has no gold quote and they quote other words. ``verifier`` says who decides whether a
-    rationale entails the answer: ``rules``, or also a ``model`` that has to find the answer from the rationale
-    alone. ``decontaminate_ngram`` is the length in words of an n-gram that no training question may share
+    rationale entails the answer: ``rules``, or also a ``model`` that has to find the answer of a closed question from the
+    rationale alone (of open ones the rules decide). ``decontaminate_ngram`` is the length in words of an n-gram that no training question may share
     with an exam question.
     """
 
@@ -163,7 +163,7 @@ class ReflectSection(Record):
     partial_share: Share = 0.7
     unsupported_share: Share = 0.25
     critic: Literal["auto", "teacher", "rules", "trained"] = "auto"
-    critic_sample: Count = 200
+    critic_sample: Annotated[int, Field(ge=20)] = 200
     max_unparsed: Share = 0.2
     threshold: Share = 0.2
     relevance_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -257,7 +257,8 @@ class TrainSection(Record):
     1e-3 for qat, Q8_0 and 1e-3 for grid-lora.
     ``base_rounding``: how qalora's and grid-lora's base gets onto the grid where its own file does not lie there:
     ``search`` looks for each block's scale, ``gptq`` rounds each layer for what the training rows make of the others
-    (QA-LoRA's own way; about two minutes for the default model on 2 cores, growing with the weights).
+    (QA-LoRA's own way; about two minutes for the default model on 2 cores, growing with the weights; a base of this
+    domain's own, which grid-lora then shares with no other domain).
     ``objective``: cross-entropy (``ce``), or also (``ce+kl``, without which these three keys may not be set)
     ``kl_weight`` times the divergence from a ``kl_teacher`` at ``kl_temperature``:
     the ``base`` before rounding, a student that another run finished from this base (the ``train`` folder

@@ -26,6 +26,29 @@ GRIDS: Mapping[str, tuple[Grid, ...]] = {
 LEARNING_RATES: Mapping[str, float] = {"qlora": 1e-3, "qalora": 3e-3, "qat": 1e-3, "grid-lora": 1e-3}
 _BLOCKS = ("Q4_0", "Q4_1", "Q8_0")
 ON_BASE = {"qalora", "grid-lora"}  # methods that keep the codes of a base on the grid
+MOST_VERDICTS = 3  # passages of a row of SAIL's (arXiv 2305.15225 §3)
+# Keys of [reflect] that only some back-ends read.
+_REFLECTING: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    (
+        "threshold",
+        "relevance_weight",
+        "support_weight",
+        "utility_weight",
+        "sequence_weight",
+        "form",
+        "drafts",
+    ): ("tokens",),
+    (
+        "judge",
+        "judge_base_url",
+        "judge_model",
+        "judge_api_key_env",
+        "judge_gguf",
+        "judge_timeout_s",
+        "rewrites",
+    ): ("grader",),
+    ("distracting",): ("text", "grader"),
+}
 _INSIDE = {"qalora", "qat"}  # methods whose adapter lies inside the weight
 
 
@@ -83,17 +106,38 @@ def contradictions(config: DomainConfig) -> list[str]:
             f"export.rounding = {config.export.rounding!r}: made for the grids {', '.join(_BLOCKS)}, not for "
             f'serve = {config.export.serve!r}; write one of these in serve, or rounding = "llama.cpp"'
         )
-    if config.serve.yes_no == "evidence" and not config.calibrate.enabled:
-        found.append(
-            "serve.yes_no = 'evidence': fitted by the calibrate stage, which [calibrate] enabled = false leaves out; "
-            'write enabled = true, or yes_no = "student"'
-        )
     if train.method in _INSIDE and train.dropout:
         found.append(
             f"train.dropout = {train.dropout}: the adapter of method = {train.method!r} lies inside the weight, where "
             "no input can be dropped; write dropout = 0"
         )
-    return found + _idle(config)
+    return found + _unserved(config) + _idle(config)
+
+
+def _unserved(config: DomainConfig) -> list[str]:
+    """Settings with which questions would be answered from something that is not there, or rows be written twice."""
+    reflect, found = config.reflect, []
+    if config.serve.yes_no == "evidence" and not config.calibrate.enabled:
+        found.append(
+            "serve.yes_no = 'evidence': fitted by the calibrate stage, which [calibrate] enabled = false leaves out; "
+            'write enabled = true, or yes_no = "student"'
+        )
+    if reflect.drafts == "explained" and config.curate.rationale_in_target:
+        found.append(
+            "curate.rationale_in_target = true: [reflect] drafts = 'explained' writes the rationale behind the answer already; "
+            "leave one of them out"
+        )
+    if config.serve.options == "evidence" and not config.retrieve.lexical_weight:
+        found.append(
+            "serve.options = 'evidence': it compares the options by their lexical scores, which [retrieve] lexical_weight = 0 "
+            'leaves out; write another weight, or options = "student"'
+        )
+    if reflect.backend == "text" and config.retrieve.top_k > MOST_VERDICTS:
+        found.append(
+            f"retrieve.top_k = {config.retrieve.top_k}: [reflect] backend = 'text' learns verdicts on at most {MOST_VERDICTS} "
+            f"passages; write at most {MOST_VERDICTS}, or another backend"
+        )
+    return found
 
 
 def _idle(config: DomainConfig) -> list[str]:
@@ -115,19 +159,26 @@ def _idle(config: DomainConfig) -> list[str]:
                 f"curate.{key} = {getattr(curate, key)!r}: [reflect] backend = {reflect.backend!r} draws the passages of "
                 f'its rows itself; leave {key} out, or write backend = "none" or "grader"'
             )
-    if reflect.backend == "tokens" and reflect.distracting != "abstain":
+    for keys, users in _REFLECTING.items():
+        for key in keys:
+            value = getattr(reflect, key)
+            if reflect.backend not in users and value != type(reflect).model_fields[key].default:
+                names = " or ".join(f'"{name}"' for name in users)
+                found.append(
+                    f"reflect.{key} = {value!r}: backend = {reflect.backend!r} does not read it; leave {key} out, or write "
+                    f"backend = {names}"
+                )
+    if reflect.backend != "none" and config.serve.votes > 1:
         found.append(
-            f"reflect.distracting = {reflect.distracting!r}: backend = 'tokens' scores every passage and answers from the "
-            'best; leave distracting out, or write backend = "text" or "grader"'
+            f"serve.votes = {config.serve.votes}: [reflect] backend = {reflect.backend!r} writes one reply; leave votes out, or "
+            'write backend = "none"'
         )
-    if reflect.backend == "none" and reflect.distracting != "abstain":
+    if (
+        config.export.rounding == "search"
+        and config.export.serve != type(config.export).model_fields["serve"].default
+    ):
         found.append(
-            f"reflect.distracting = {reflect.distracting!r}: backend = 'none' judges no passages; leave distracting out, or "
-            'write backend = "text" or "grader"'
-        )
-    if reflect.backend != "tokens" and reflect.drafts != "answer":
-        found.append(
-            f"reflect.drafts = {reflect.drafts!r}: only backend = 'tokens' augments drafts; leave drafts out, or write "
-            'backend = "tokens"'
+            f"export.serve = {config.export.serve!r}: rounding = 'search' chooses the type that is served; leave serve out, or "
+            "name a rounding"
         )
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from domains.records import Record
 
@@ -12,8 +12,14 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 _Count = Annotated[int, Field(ge=1)]
 
 
+_OF_ENDPOINT = ("base_url", "model", "api_key_env", "price_prompt", "price_completion")
+
+
 class JudgeOptions(Record):
-    """Who grades, criticises and cross-checks, where that is not the teacher; what is left out is the teacher's."""
+    """Who grades, criticises and cross-checks, where that is not the teacher; what is left out is the teacher's.
+
+    Where ``kind`` is left out, ``gguf`` says ``local``; ``base_url``, ``model``, ``api_key_env`` or a price say ``endpoint``.
+    """
 
     kind: Literal["endpoint", "local"] | None = None
     base_url: str | None = None
@@ -23,6 +29,26 @@ class JudgeOptions(Record):
     price_prompt: float | None = Field(default=None, ge=0)
     price_completion: float | None = Field(default=None, ge=0)
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> JudgeOptions:
+        remote = [name for name in _OF_ENDPOINT if getattr(self, name) is not None]
+        if remote and (self.kind == "local" or self.gguf is not None):
+            other = f"gguf = {self.gguf!r}" if self.gguf is not None else "kind = 'local'"
+            raise ValueError(
+                f"{remote[0]} is an endpoint's and does nothing beside {other}: leave one of them out"
+            )
+        if self.kind == "endpoint" and self.gguf is not None:
+            raise ValueError(
+                f"gguf = {self.gguf!r} does nothing beside kind = 'endpoint': leave one of them out"
+            )
+        return self
+
+    def chosen_kind(self) -> Literal["endpoint", "local"] | None:
+        """What the keys say; None where they name nobody."""
+        if self.kind is not None or self.gguf is not None:
+            return self.kind or "local"
+        return "endpoint" if any(getattr(self, name) is not None for name in _OF_ENDPOINT) else None
 
 
 class Budget(Record):

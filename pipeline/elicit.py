@@ -121,9 +121,9 @@ def _voices(domain: Domain, progress: Progress) -> dict[Role, Voice]:
     teacher = choose_teacher(domain, progress)
     own = config.elicit.judge.model_dump(exclude_none=True)
     temperature = own.pop("temperature")
-    judge = teacher
-    if own:
-        kind = own.pop("kind", "endpoint" if isinstance(teacher, EndpointTeacher) else "local")
+    judge, kind = teacher, config.elicit.judge.chosen_kind()
+    if kind is not None:
+        own.pop("kind", None)
         judge = _teacher(config.model_copy(update={"teacher": config.teacher.model_copy(update=own)}), kind)
     return {
         "teacher": Voice(teacher, config.teacher.temperature, config.teacher.max_tokens),

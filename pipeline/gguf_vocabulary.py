@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +121,18 @@ def _appended(tokenizer: Any, count: int, size: int) -> list[tuple[str, int, flo
     return [(text, kind, 0.0) for text, kind in zip(texts[count:], kinds[count:], strict=True)]
 
 
+def check_byte_level(model: Mapping[str, Any]) -> None:
+    """Pass if the ``model`` of a ``tokenizer.json`` is a byte-level BPE.
+
+    Raises:
+        ModelError: it is not.
+    """
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        raise _unknown(
+            f"a {model.get('type')} model" + (" with byte fallback" if model.get("byte_fallback") else "")
+        )
+
+
 def pre_tokenizer_name(data: dict[str, Any]) -> str:
     """llama.cpp's name for how a ``tokenizer.json`` splits text before merging.
 
@@ -130,8 +143,7 @@ def pre_tokenizer_name(data: dict[str, Any]) -> str:
         ModelError: it is none that both sides know.
     """
     model = data["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise _unknown(f"a {model.get('type')} model")
+    check_byte_level(model)
     if data.get("normalizer"):
         raise _unknown(f"the normalizer {data['normalizer'].get('type')!r}")
     steps = _flat(data.get("pre_tokenizer"))

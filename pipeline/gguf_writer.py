@@ -115,11 +115,20 @@ def _file_type(kind: str) -> int:
     return int(number)
 
 
-def _rope(config: Any) -> dict[str, Any]:
-    rope = dict(config.rope_parameters or {})
-    kind = rope.get("rope_type", "default")
+def check_rope(rope: Mapping[str, Any]) -> None:
+    """Pass if a model's rotary scaling (its config.json's ``rope_parameters`` or ``rope_scaling``) has a place in the file.
+
+    Raises:
+        ModelError: it has none.
+    """
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in {"default", "llama3"}:
         _unsuitable(f"its rotary scaling {kind!r}", "'default' or 'llama3'")
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    rope = dict(config.rope_parameters or {})
+    check_rope(rope)
     return {"rope_theta": 10000.0, **rope}
 
 

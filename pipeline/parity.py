@@ -39,7 +39,7 @@ _NEXT: dict[StepName, str] = {
     "merge": "preceptor train DOMAIN, then preceptor export DOMAIN",
     "blocks": "preceptor export DOMAIN --force; if it stays, report it as a bug",
     "GGUF": "preceptor export DOMAIN --force; if it stays, report the base model's name as a bug",
-    "quantize": "serve a wider format ([export] serve = \"Q8_0\"), or allow more with [parity] max_kl and min_top1",
+    "quantize": "serve a wider format ([export] serve = \"Q8_0\", and no rounding), or allow more with [parity] max_kl and min_top1",
 }  # fmt: skip
 
 

@@ -10,9 +10,12 @@ from typing import Any
 from domains.domain import Domain
 from domains.errors import ConfigError, TeacherError
 from domains.jsonl import write_text_atomic
+from pipeline.gguf_vocabulary import check_byte_level
+from pipeline.gguf_writer import check_rope
 from pipeline.merge import check_biases
 from pipeline.progress import Progress
 from pipeline.run_folder import Run
+from pipeline.student import check_architecture
 from serve.models import SMOLLM2, check_base
 
 FEW_SEEDS = 20  # answerable seed questions; with fewer a student learns next to nothing
@@ -25,12 +28,13 @@ def check_main_job(domain: Domain, run: Run, progress: Progress) -> None:
     Raises:
         ConfigError: no questions, or the run folder belongs to another domain of the same name.
         DataError: the file of questions or of general instructions is missing or wrong.
-        ModelError: the student's base is neither known, nor a folder, nor a hub id; or its layers have biases.
+        ModelError: the student's base is neither known, nor a folder, nor a hub id; or what is here of it says that it could
+            be trained, but not exported.
         TeacherError: the teacher's key is missing while there is something to ask.
     """
     check_owner(domain, run)
     check_base(domain.config.student.base)
-    check_biases(domain.config.student.base, _config_of(domain.config.student.base))
+    _check_exportable(domain.config.student.base, on_grid=domain.config.train.grid is not None)
     questions = domain.read_questions()
     domain.read_instructions()
     teacher = domain.config.teacher
@@ -49,17 +53,38 @@ def check_main_job(domain: Domain, run: Run, progress: Progress) -> None:
         )
 
 
-def _config_of(base: str) -> dict[str, Any]:
-    """What can be read of a base's config.json without fetching anything; nothing of a base that is not here yet."""
+def _check_exportable(base: str, *, on_grid: bool) -> None:
+    config, tokenizer = _json_of(base, "config.json"), _json_of(base, "tokenizer.json")
+    check_biases(base, config)
+    if "model_type" in config:
+        check_architecture(base, config["model_type"])
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if isinstance(rope, dict):
+        check_rope(rope)
+    widths = [
+        config[name] for name in ("hidden_size", "intermediate_size") if isinstance(config.get(name), int)
+    ]
+    if on_grid and widths:
+        from pipeline.grids.blocks import BLOCK  # with torch
+        from pipeline.methods.grid_base import no_place
+
+        if odd := [width for width in widths if width % BLOCK]:
+            raise no_place(f"the base model {base!r}", f"rows of {odd[0]} weights")
+    if isinstance(tokenizer.get("model"), dict):
+        check_byte_level(tokenizer["model"])
+
+
+def _json_of(base: str, name: str) -> dict[str, Any]:
+    """What can be read of a base's file without fetching anything; nothing of a base that is not here yet."""
     if base == SMOLLM2:
         return {}
     folder = Path(base).expanduser()
     if folder.is_dir():
-        path: object = folder / "config.json"
+        path: object = folder / name
     else:
         from huggingface_hub import try_to_load_from_cache
 
-        path = try_to_load_from_cache(base, "config.json")
+        path = try_to_load_from_cache(base, name)
     try:
         found = json.loads(Path(path).read_text("utf-8")) if isinstance(path, str | Path) else {}
     except (OSError, ValueError):

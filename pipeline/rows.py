@@ -203,23 +203,30 @@ class RowBuilder:
     ) -> tuple[list[Example], int]:
         """One row per rationale; also how many of them are abstentions because retrieval missed."""
         ordered = self._ordered(kept, lambda item: f"{item.question.id}\0{item.rationale.sample}")
-        once = {item.question.id: item for item in reversed(ordered) if item.question.gold}
-        chosen = [item for item in ordered if once.get(item.question.id) is item][: round(share * len(kept))]
         made: dict[int, Example] = {}
+        rows: set[str] = set()
         missed = 0
-        for item in chosen:
+        for item in ordered[: round(share * len(kept))]:
             passages = self._retrieved(item.question)
-            if gold_quotes(item.question, passages):
-                made[id(item)] = self._answer(item, passages, "retrieved")
-            elif may_answer(item.question, passages):
+            if _answers(item, passages):
+                row = self._answer(item, passages, "retrieved")
+                if row.id in rows:  # another rationale of the question gave the same one
+                    counts["retrieved_repeated"] += 1
+                    continue
+                rows.add(row.id)
+                made[id(item)] = row
+            elif not item.question.gold or may_answer(item.question, passages):
                 counts["retrieved_unclear"] += 1
             elif missed >= allowed:
                 counts["retrieved_missed_left_out"] += 1
             else:
+                row = self._abstention(item.question, passages, "irrelevant", request=item.rationale.request)
+                if row.id in rows:
+                    counts["retrieved_repeated"] += 1
+                    continue
+                rows.add(row.id)
                 missed += 1
-                made[id(item)] = self._abstention(
-                    item.question, passages, "irrelevant", request=item.rationale.request
-                )
+                made[id(item)] = row
         counts["retrieved_missed"] = missed
         return [made.get(id(item)) or self._taught(item, counts) for item in kept], missed
 
@@ -227,7 +234,7 @@ class RowBuilder:
         """A row that answers: KARD's passages where they carry a quote, else those that the teacher saw."""
         if self.by_rationale is not None:
             passages = self.by_rationale(rationale_query(item.question, item.rationale), self.top_k)
-            if gold_quotes(item.question, passages) or own_quotes(item.rationale, passages):
+            if _answers(item, passages) or own_quotes(item.rationale, passages):
                 return self._answer(item, passages, "rationale")
             counts["rationale_missed"] += 1
         return self._answer(item, item.passages, "gold")
@@ -284,6 +291,18 @@ class RowBuilder:
 
     def _ordered(self, items: Sequence[T], key: Callable[[T], str]) -> list[T]:
         return sorted(items, key=lambda item: hashlib.sha256(f"{self.seed}\0{key(item)}".encode()).digest())
+
+
+def _answers(item: Kept, passages: Sequence[Passage]) -> bool:
+    """Whether passages answer for certain.
+
+    They do with a gold quote; where a question has none, with the rationale's own, and of a closed one, which needs no
+    quote, with its answer.
+    """
+    if item.question.gold:
+        return bool(gold_quotes(item.question, passages))
+    closed = item.question.kind != "open"
+    return bool(own_quotes(item.rationale, passages)) or (closed and may_answer(item.question, passages))
 
 
 def row_id(messages: Sequence[Message], completion: str) -> str:

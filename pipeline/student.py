@@ -101,6 +101,20 @@ def load_base(base: str, *, dtype: torch.dtype) -> Base:
     )
 
 
+def check_architecture(base: str, model_type: str) -> None:
+    """Pass if a base is a Llama.
+
+    Raises:
+        ModelError: it is not.
+    """
+    if model_type != "llama":
+        raise ModelError(
+            f"the base model {base!r} is of type {model_type!r}",
+            expected="'llama', the architecture that export and serving know",
+            next_step="name a Llama model in [student] base of domain.toml",
+        )
+
+
 def render_prompt(base: Base, messages: Sequence[Message]) -> str:
     """The prompt's text, as the serving engine renders it."""
     return render_chat(messages, template=base.template, bos=base.bos, eos=base.eos, adds_bos=base.adds_bos)
@@ -182,12 +196,7 @@ def _load_pretrained(base: str, place: str, dtype: torch.dtype) -> tuple[Any, An
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-            if config.model_type != "llama":
-                raise ModelError(
-                    f"the base model {base!r} is of type {config.model_type!r}",
-                    expected="'llama', the architecture that export and serving know",
-                    next_step="name a Llama model in [student] base of domain.toml",
-                )
+            check_architecture(base, config.model_type)
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
             model, loading = AutoModelForCausalLM.from_pretrained(
                 place, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True

@@ -3,7 +3,8 @@
 The teacher saw the answer, so agreement alone proves nothing: a rationale is kept only if its own words
 and quotes carry the answer. The paper asks a judge model; here rules do, which reject more: a correct
 paraphrase may fail. Another option, another number and a negation on one side only are seen (`pipeline.negation`);
-of an open answer, other words for its opposite ("unsafe") are not, if enough of its own stand beside them.
+of an open answer, other words for its opposite ("unsafe") are not, if enough of its own stand beside them, and of a "no"
+without a gold quote nothing is seen but that the rationale speaks of what was asked and nowhere says yes.
 """
 
 from __future__ import annotations
@@ -158,16 +159,17 @@ def _verify_yes_no(question: Question, rationale: Rationale) -> Verdict:
         said = next(group for group in match.groups() if group).lower()
         if said != question.answer:
             return Verdict(ok=False, reason="contradicts_answer", detail=f"{squash(match[0])!r}")
-    # Nothing in "no" can be looked for; what decides it can.
-    deciding = " ".join(gold.quote for gold in question.gold)
+    # Nothing in "no" can be looked for; what decides it can. Without a gold quote it must be about what was asked.
+    quoted = " ".join(gold.quote for gold in question.gold)
+    deciding, whose = (quoted, "gold quote") if quoted else (question.question, "question")
     share = recall(deciding, _said(rationale))
     if share < MIN_DECIDING_RECALL:
         return Verdict(
-            ok=False, reason="does_not_support_answer", detail=f"has {share:.0%} of the gold quote's words"
+            ok=False, reason="does_not_support_answer", detail=f"has {share:.0%} of the {whose}'s words"
         )
     own = prose(rationale.text)
-    if opposed(deciding, own):
-        detail = f"{squash(own)[:80]!r} says the opposite of the gold quote {deciding[:60]!r}"
+    if (quoted or question.answer == "yes") and opposed(deciding, own):
+        detail = f"{squash(own)[:80]!r} says the opposite of the {whose} {deciding[:60]!r}"
         return Verdict(ok=False, reason="contradicts_answer", detail=detail)
     return PASS
 

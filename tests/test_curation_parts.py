@@ -212,6 +212,22 @@ def test_verify_yes_no(text, answer, reason):
 
 
 @pytest.mark.parametrize(
+    ("gold", "answer", "text", "reason"),
+    [
+        ("It acts on the liver.", "no", "It does not act on the liver.", "contradicts_answer"),
+        ("", "no", "The sky is blue today in Paris.", "does_not_support_answer"),
+        ("", "no", "Metformin has no place in type 1 diabetes.", ""),
+        ("", "yes", "Metformin is used in type 1 diabetes.", ""),
+        ("", "yes", "Metformin is not used in type 1 diabetes.", "contradicts_answer"),
+    ],
+)
+def test_verify_yes_no_by_the_gold_quote_or_else_by_the_question(gold, answer, text, reason):
+    quotes = [Quote(doc_id="d1", quote=gold)] if gold else []
+    asked = question("yes_no", "Is metformin used in type 1 diabetes?", answer, gold=quotes)
+    assert verify(asked, rationale(text, answer)).reason == reason
+
+
+@pytest.mark.parametrize(
     ("text", "answer", "reason"),
     [
         ("The course takes two weeks in all.", "2 weeks", ""),

@@ -89,7 +89,33 @@ def test_a_profile_may_choose_another_method() -> None:
             '[reflect]\nbackend = "tokens"\ndistracting = "answer"\n',
             r"reflect\.distracting = 'answer': .*\"text\" or \"grader\"",
         ),
-        ('[reflect]\ndistracting = "answer"\n', r"reflect\.distracting = 'answer': .*judges no passages"),
+        (
+            '[reflect]\ndistracting = "answer"\n',
+            r"reflect\.distracting = 'answer': backend = 'none' .*\"text\" or \"grader\"",
+        ),
+        (
+            '[reflect]\nbackend = "text"\nform = "long"\n',
+            r"reflect\.form = 'long': backend = 'text' .*\"tokens\"",
+        ),
+        ('[reflect]\njudge = "endpoint"\n', r"reflect\.judge = 'endpoint': .*\"grader\""),
+        ('[reflect]\nbackend = "grader"\nthreshold = 0.7\n', r"reflect\.threshold = 0\.7: .*\"tokens\""),
+        ('[reflect]\nbackend = "grader"\n[serve]\nvotes = 5\n', r"serve\.votes = 5: .*\"none\""),
+        (
+            '[reflect]\nbackend = "tokens"\ndrafts = "explained"\n[curate]\nrationale_in_target = true\n',
+            r"curate\.rationale_in_target = true: .*leave one of them out",
+        ),
+        (
+            '[retrieve]\nlexical_weight = 0\n[serve]\noptions = "evidence"\n',
+            r"serve\.options = 'evidence': .*\"student\"",
+        ),
+        ('[retrieve]\ntop_k = 4\n[reflect]\nbackend = "text"\n', r"retrieve\.top_k = 4: .*at most 3"),
+        (
+            '[export]\nrounding = "search"\nserve = "Q4_0"\n',
+            r"export\.serve = 'Q4_0': rounding = 'search' chooses",
+        ),
+        ('[elicit.judge]\ngguf = "x.gguf"\nmodel = "y"\n', r"elicit\.judge.*model is an endpoint's"),
+        ('[elicit.judge]\nkind = "local"\nbase_url = "y"\n', r"elicit\.judge.*beside kind = 'local'"),
+        ('[elicit.judge]\nkind = "endpoint"\ngguf = "y"\n', r"elicit\.judge.*beside kind = 'endpoint'"),
         (
             '[reflect]\nbackend = "text"\ndrafts = "explained"\n',
             r"reflect\.drafts = 'explained': .*backend = \"tokens\"",

@@ -170,11 +170,17 @@ def check_linear(path: str, linear: nn.Linear) -> None:
     Raises:
         ModelError: they have not.
     """
-    if linear.in_features % BLOCK or linear.bias is not None:
-        what = "a bias" if linear.bias is not None else f"rows of {linear.in_features} weights"
-        raise ModelError(
-            f"{path!r} has {what}",
-            expected=f"rows that blocks of {BLOCK} weights divide, and no biases",
-            next_step="name another base in [student] of domain.toml"
-            + ("" if linear.bias is not None else ', or choose [train] method = "qlora"'),
-        )
+    if linear.bias is not None:
+        raise no_place(repr(path), "a bias", qlora=False)
+    if linear.in_features % BLOCK:
+        raise no_place(repr(path), f"rows of {linear.in_features} weights")
+
+
+def no_place(whose: str, what: str, *, qlora: bool = True) -> ModelError:
+    """Of something for which blocks have no place; ``qlora``: that method would have one."""
+    return ModelError(
+        f"{whose} has {what}",
+        expected=f"rows that blocks of {BLOCK} weights divide, and no biases",
+        next_step="name another base in [student] of domain.toml"
+        + (', or choose [train] method = "qlora"' if qlora else ""),
+    )

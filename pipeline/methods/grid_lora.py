@@ -46,6 +46,10 @@ class GridLora:
     def prepare(self, base: Base, adapter: Adapter, say: Callable[[str], None]) -> Any:
         """See `Method.prepare`."""
         say(f"grid-lora: the base lies on the {self.grid} grid, the adapter beside it")
+        if self.calibration is not None:
+            say(
+                "rounded on this domain's rows, the base is this domain's own: no other domain's adapter runs on it"
+            )
         packed = outer_packed(base) | pack_blocks(base_blocks(base, self.grid, self.calibration))
         _round(base, packed)
         to_training(base.model, adapter.dtype)
