@@ -10,7 +10,6 @@ import functools
 import json
 import shutil
 import tomllib
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ import pytest
 from domains.domain import Domain, load_domain
 from domains.errors import ConfigError
 from domains.jsonl import read_jsonl, write_jsonl
-from domains.records import Critique, Example, Question, Rationale
+from domains.records import Critique, Example, KeptRationale, Question, Rationale
 from pipeline.elicit import plan
 from pipeline.index import run as build_index
 from pipeline.job import Outcome, run_job
@@ -245,10 +244,11 @@ def test_passages_found_by_the_rationale(name: str, shelves: Path, tmp_path: Pat
 def test_a_model_checks_rationales(name: str, shelves: Path, tmp_path: Path) -> None:
     made = make(name, shelves, tmp_path, {"curate": {"verifier": "model"}})
     assert "verifier: answers from rationales alone" in made.bars
-    kinds = Counter(question.kind for question in made.domain.read_questions() if question.split == "seed")
-    assert kinds["options"] + kinds["yes_no"] > 0
-    asked = {row.question_id for row in made.rows}
-    assert asked & {q.id for q in made.domain.read_questions() if q.kind in {"options", "yes_no"}}
+    kinds = {question.id: question.kind for question in made.domain.read_questions()}
+    found = {"open": set[str](), "closed": set[str]()}
+    for each in read_jsonl(made.run.kept, KeptRationale):
+        found["open" if kinds[each.question_id] == "open" else "closed"].add(each.verifier.method)
+    assert found == {"open": {"rules"}, "closed": {"model"}}
 
 
 def test_a_reranker_learns_and_the_decision_is_on_record(name: str, shelves: Path, tmp_path: Path) -> None:

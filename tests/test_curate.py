@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -387,6 +388,31 @@ def test_a_passage_that_may_answer_otherwise_is_no_abstention():
     )
     assert counts["retrieved_unclear"] == len(kept) == counts["gold_rows"]
     assert {row.origin for row in rows} == {"gold"}
+
+
+def test_questions_without_gold_quotes_are_drawn_too():
+    kept = [replace(item, question=item.question.model_copy(update={"gold": []})) for item in all_kept()]
+    rows, counts = builder(finds_home).build(
+        kept, [], retrieved_share=1.0, irrelevant_share=0.0, abstention_share=ABSTENTIONS
+    )
+    assert counts["retrieved_rows"] == len(rows) == len(kept)
+    rows, counts = builder(misses).build(
+        kept, [], retrieved_share=1.0, irrelevant_share=0.0, abstention_share=ABSTENTIONS
+    )
+    assert counts["retrieved_unclear"] == counts["gold_rows"] == len(kept)  # nobody knows that they miss
+
+
+@pytest.mark.parametrize("in_target", [True, False])
+def test_the_share_is_of_all_rationales_where_their_rows_differ(in_target):
+    rationales = [rationale(asked, sample=n, words=f"number {n} " * n) for asked in seeds() for n in (0, 1)]
+    kept, _ = judge(rationale_trained=in_target).sort(rationales, Silent())
+    rows, counts = builder(finds_home, rationale_in_target=in_target).build(
+        kept, [], retrieved_share=1.0, irrelevant_share=0.0, abstention_share=ABSTENTIONS
+    )
+    questions = len({item.question.id for item in kept})
+    assert len(kept) == len(rows) == 2 * questions
+    assert counts["retrieved_rows"] == (len(kept) if in_target else questions)
+    assert counts["retrieved_repeated"] == (0 if in_target else questions)
 
 
 def test_rationale_in_target():

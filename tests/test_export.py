@@ -21,7 +21,7 @@ from pipeline.grids import Packed
 from pipeline.parity import Parity
 from pipeline.progress import Silent
 from pipeline.qlora import attach_lora, quantize_nf4
-from pipeline.roundings import LOSSES, ROUNDINGS, Rounded, round_student
+from pipeline.roundings import LOSSES, ROTATING, ROUNDINGS, Rounded, round_student
 from pipeline.run_folder import Run
 from pipeline.student import load_base
 from serve.gguf_check import check_gguf
@@ -284,7 +284,11 @@ def test_a_search_serves_what_is_near_enough_and_says_why(world: tuple[Path, Pat
     assert winner["kl"] <= 0.02
     assert (run.bundle / "student.gguf").stat().st_size == winner["bytes"]
     assert len(found["reasons"]) == len(names) - 1
-    assert "beats GPTQ alone beyond noise" in found["rotation"]
+    proven = found["rotation"].startswith("rotation beats GPTQ alone beyond noise")
+    assert proven or found["rotation"].startswith("no rotation beats GPTQ alone beyond noise")
+    rotated = {each.name for each in CANDIDATES if each.how in ROTATING}
+    assert proven or found["winner"] not in rotated
+    assert sum(f"{name} has" in found["rotation"] for name in rotated) == 1
     assert [row["exam"] for row in found["candidates"]].count(None) == 0
     assert read_manifest(run.bundle).ready
 

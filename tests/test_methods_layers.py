@@ -53,6 +53,26 @@ CASES: dict[str, tuple[Callable[[], Rule], Callable[[torch.Tensor], torch.Tensor
 }
 
 
+def test_blocks_stay_on_the_cpu_wherever_the_adapter_lies() -> None:
+    """No GPU is here: fake tensors know their device and refuse to be mixed, as real ones do."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    asked = []
+
+    class Watched(Minima):
+        def blocks(self, delta: torch.Tensor) -> Blocks:
+            asked.append(delta.device.type)
+            return self.base
+
+    rule = Watched(encode(weight(), "Q4_1"))
+    layer = BlockLinear(rule, rank=RANK, scaling=SCALING, dtype=torch.float32, device=torch.device("cpu"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for name in ("a", "b"):
+            setattr(layer, name, torch.nn.Parameter(torch.empty(getattr(layer, name).shape, device="cuda")))
+        layer.blocks()
+    assert asked == ["cpu"]
+
+
 def layer_of(rule: Rule, dtype: torch.dtype = torch.float32) -> BlockLinear:
     torch.manual_seed(5)
     layer = BlockLinear(rule, rank=RANK, scaling=SCALING, dtype=dtype, device=torch.device("cpu"))

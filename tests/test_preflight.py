@@ -73,6 +73,39 @@ def test_a_base_that_could_not_be_exported_is_found_before_the_teacher_is_paid(
     check_main_job(domain, run, Silent())
 
 
+@pytest.mark.parametrize(
+    ("train", "name", "text", "said"),
+    [
+        ({}, "config.json", '{"model_type": "mistral"}', "is of type 'mistral'"),
+        ({}, "config.json", '{"rope_scaling": {"type": "linear", "factor": 2}}', "rotary scaling 'linear'"),
+        ({}, "config.json", '{"rope_parameters": {"rope_type": "yarn"}}', "rotary scaling 'yarn'"),
+        (
+            {"method": "qat", "grid": "Q4_0"},
+            "config.json",
+            '{"hidden_size": 64, "intermediate_size": 100}',
+            "rows of 100 weights",
+        ),
+        ({}, "tokenizer.json", '{"model": {"type": "BPE", "byte_fallback": true}}', "with byte fallback"),
+        ({}, "tokenizer.json", '{"model": {"type": "Unigram"}}', "a Unigram model"),
+    ],
+)
+def test_what_export_has_no_place_for_is_found_before_the_teacher_is_paid(
+    train: dict[str, object], name: str, text: str, said: str, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / name).write_text(text)
+    domain = with_changes(load_domain("medical"), student={"base": str(base)}, train=train)
+    with pytest.raises(ModelError, match=said):
+        check_main_job(domain, Run(tmp_path / "medical" / "quick"), Silent())
+    (base / name).write_text(
+        '{"model_type": "llama", "rope_scaling": {"rope_type": "llama3"}, "hidden_size": 64, "intermediate_size": 96}'
+        if name == "config.json"
+        else '{"model": {"type": "BPE"}}'
+    )
+    check_main_job(domain, Run(tmp_path / "medical" / "quick"), Silent())
+
+
 def test_what_is_asked_already_needs_no_key(tmp_path: Path) -> None:
     run = Run(tmp_path / "medical" / "quick")
     run.folder.mkdir(parents=True)

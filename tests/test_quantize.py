@@ -10,8 +10,9 @@ import torch
 from domains.errors import StageError
 from pipeline.gguf_writer import write_llama_gguf
 from pipeline.imatrix import collect_imatrix, read_imatrix, write_imatrix
-from pipeline.quantize import quantize
+from pipeline.quantize import describe_file, quantize
 from serve.gguf_check import check_gguf
+from serve.quantizer import requantize
 from tests.small_models import TEMPLATE, read_tensors, small_llama, small_tokenizer
 
 ROWS = [np.random.default_rng(n).integers(4, 400, 40).tolist() for n in range(3)]
@@ -43,6 +44,13 @@ def test_other_widths_are_told(tmp_path: Path) -> None:
     assert report.bits_per_weight > 5.5
     assert report.size_bytes == (tmp_path / "q4k.gguf").stat().st_size
     assert quantize(source, tmp_path / "q8.gguf", kind="Q8_0").fallbacks == ()
+
+
+def test_an_embedding_that_is_wider_on_purpose_is_no_fallback(tmp_path: Path) -> None:
+    source = write(tmp_path / "f16.gguf", small_llama(width=256))
+    requantize(source, tmp_path / "q4.gguf", "Q4_0", outer="Q8_0")
+    assert describe_file(tmp_path / "q4.gguf", "Q4_0", outer="Q8_0").fallbacks == ()
+    assert describe_file(tmp_path / "q4.gguf", "Q4_0").fallbacks == ("token_embd.weight",)
 
 
 def test_imatrix_is_the_mean_square_of_what_goes_into_each_layer() -> None:
