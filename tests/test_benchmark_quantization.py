@@ -226,16 +226,12 @@ def test_both_networks_have_the_same_table(
         assert min(row["bytes"], row["prompt_tokens_per_s"], row["decode_tokens_per_s"]) > 0
     for name in quantization.NETWORKS:
         facts = found["networks"][name]
-        rotated = [
-            row
-            for row in rows
-            if (row["network"] == name and "r1r2" in row["name"]) or "learned" in row["name"]
-        ]
-        told = next(row for row in rotated if f"{row['name']} has {row['kl']:.4f} nats" in facts["rotation"])
-        plain = next(row for row in rows if row["network"] == name and row["name"] == "gptq-q4_0")
-        assert f"against {plain['kl']:.4f} of gptq-q4_0" in facts["rotation"]
-        if facts["rotation"].startswith("rotation beats"):
-            assert told["kl"] < plain["kl"]
+        mine = {row["name"]: row for row in rows if row["network"] == name}
+        said = facts["rotation"].replace(", has", " has")
+        told = next(row for each, row in mine.items() if f" {each} has" in said)
+        plain = mine["gptq-q4_0"]
+        assert f"has {told['kl']:.4f} nats against {plain['kl']:.4f} of gptq-q4_0" in said
+        assert told["kl"] < plain["kl"] or said.startswith("no rotation beats")
         assert facts["comparisons"].keys() == {"best", "llamacpp-q4_0-imatrix", "llamacpp-q4_k_m-imatrix"}
         assert facts["exam_interval"][0] <= facts["exam"] <= facts["exam_interval"][1]
         assert facts["perplexity_interval"][0] < facts["perplexity"] < facts["perplexity_interval"][1]

@@ -40,6 +40,7 @@ NO_VERSION = {
     "domains.steps": "its values count, by section",
     "domains.routes": "what it completes counts as values of config",
     "domains.domain": "finds files; their content counts",
+    "domains.cores": "how many threads share the work",
     "domains.errors": "wording of errors",
     "domains.jsonl": "form of files; their content counts",
     "domains.records": "form of files; their content counts",
