@@ -35,7 +35,7 @@ class Base:
     ``adds_bos``: the model wants ``bos`` in front (SmolLM2's file names one, ``<|im_start|>``, and says not
     to add it). ``end_of_turn`` is the token that ends a reply.
     ``version`` identifies the weights: ``sha256:…`` of files, ``commit:…`` of a Hugging Face snapshot.
-    ``packaged``: it is the default model, whose GGUF file is at hand; the name of a folder doesn't make it that.
+    ``packaged``: it is the default model as published, whose GGUF file is at hand; the name of a folder doesn't make it that.
     """
 
     model: Any

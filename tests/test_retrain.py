@@ -49,3 +49,19 @@ def test_what_an_earlier_call_left_in_the_folder_changes_nothing(
     assert again == matrices("fresh", 1, 3e-2)
     assert again != first
     assert not [*tmp_path.rglob("*.safetensors")]
+
+
+@pytest.mark.parametrize("method", ["qat", "qalora"])
+def test_a_student_of_the_packaged_model_does_not_begin_from_that_models_file(
+    base: Base, tmp_path: Path, method: RetrainMethod
+) -> None:
+    made = [
+        retrain(
+            base.model, replace(base, packaged=packaged), rows(0), tmp_path / str(packaged), Silent(),
+            method=method, grid="Q4_1", settings=SETTINGS, kl_weight=1.0,
+            batches=[torch.tensor([row.ids for row in rows(0)])],
+        )
+        for packaged in (False, True)
+    ]  # fmt: skip
+    own, packaged = ({name: matrix.rows.tobytes() for name, matrix in each.items()} for each in made)
+    assert own == packaged
