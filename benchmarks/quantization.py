@@ -1,7 +1,7 @@
 """Measures the routes from a trained student to the file that is served: exactness, and quality at equal bits.
 
     python benchmarks/quantization.py              everything, well over an hour on 2 cores
-    python benchmarks/quantization.py --quick      small samples, about 17 minutes on 2 idle cores
+    python benchmarks/quantization.py --quick      small samples, 11 minutes on 2 idle cores
     python benchmarks/quantization.py --json       the last line is one JSON object
     python benchmarks/quantization.py --parts candidates --networks default --only gptq-q4_0 llamacpp-q4_0-imatrix
 
