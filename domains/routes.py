@@ -27,7 +27,7 @@ LEARNING_RATES: Mapping[str, float] = {"qlora": 1e-3, "qalora": 3e-3, "qat": 1e-
 _BLOCKS = ("Q4_0", "Q4_1", "Q8_0")
 ON_BASE = {"qalora", "grid-lora"}  # methods that keep the codes of a base on the grid
 MOST_VERDICTS = 3  # passages of a row of SAIL's (arXiv 2305.15225 §3)
-# Keys of [reflect] that only some back-ends read.
+# Keys of [reflect] that only some back-ends read; a profile that writes "none" may leave them standing.
 _REFLECTING: Mapping[tuple[str, ...], tuple[str, ...]] = {
     (
         "threshold",
@@ -162,7 +162,7 @@ def _idle(config: DomainConfig) -> list[str]:
     for keys, users in _REFLECTING.items():
         for key in keys:
             value = getattr(reflect, key)
-            if reflect.backend not in users and value != type(reflect).model_fields[key].default:
+            if reflect.backend not in {"none", *users} and value != type(reflect).model_fields[key].default:
                 names = " or ".join(f'"{name}"' for name in users)
                 found.append(
                     f"reflect.{key} = {value!r}: backend = {reflect.backend!r} does not read it; leave {key} out, or write "
@@ -172,13 +172,5 @@ def _idle(config: DomainConfig) -> list[str]:
         found.append(
             f"serve.votes = {config.serve.votes}: [reflect] backend = {reflect.backend!r} writes one reply; leave votes out, or "
             'write backend = "none"'
-        )
-    if (
-        config.export.rounding == "search"
-        and config.export.serve != type(config.export).model_fields["serve"].default
-    ):
-        found.append(
-            f"export.serve = {config.export.serve!r}: rounding = 'search' chooses the type that is served; leave serve out, or "
-            "name a rounding"
         )
     return found

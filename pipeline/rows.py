@@ -294,15 +294,10 @@ class RowBuilder:
 
 
 def _answers(item: Kept, passages: Sequence[Passage]) -> bool:
-    """Whether passages answer for certain.
-
-    They do with a gold quote; where a question has none, with the rationale's own, and of a closed one, which needs no
-    quote, with its answer.
-    """
+    """Whether passages answer for certain: with a gold quote or, where the question has none, the rationale's own."""
     if item.question.gold:
         return bool(gold_quotes(item.question, passages))
-    closed = item.question.kind != "open"
-    return bool(own_quotes(item.rationale, passages)) or (closed and may_answer(item.question, passages))
+    return bool(own_quotes(item.rationale, passages))
 
 
 def row_id(messages: Sequence[Message], completion: str) -> str:

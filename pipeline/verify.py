@@ -3,8 +3,8 @@
 The teacher saw the answer, so agreement alone proves nothing: a rationale is kept only if its own words
 and quotes carry the answer. The paper asks a judge model; here rules do, which reject more: a correct
 paraphrase may fail. Another option, another number and a negation on one side only are seen (`pipeline.negation`);
-of an open answer, other words for its opposite ("unsafe") are not, if enough of its own stand beside them, and of a "no"
-without a gold quote nothing is seen but that the rationale speaks of what was asked and nowhere says yes.
+of an open answer, other words for its opposite ("unsafe") are not, if enough of its own stand beside them, and of a yes/no
+question without a gold quote nothing is seen but that the rationale speaks of what was asked and nowhere says the other word.
 """
 
 from __future__ import annotations
@@ -168,8 +168,8 @@ def _verify_yes_no(question: Question, rationale: Rationale) -> Verdict:
             ok=False, reason="does_not_support_answer", detail=f"has {share:.0%} of the {whose}'s words"
         )
     own = prose(rationale.text)
-    if (quoted or question.answer == "yes") and opposed(deciding, own):
-        detail = f"{squash(own)[:80]!r} says the opposite of the {whose} {deciding[:60]!r}"
+    if quoted and opposed(quoted, own):
+        detail = f"{squash(own)[:80]!r} says the opposite of the gold quote {quoted[:60]!r}"
         return Verdict(ok=False, reason="contradicts_answer", detail=detail)
     return PASS
 

@@ -218,7 +218,8 @@ def test_verify_yes_no(text, answer, reason):
         ("", "no", "The sky is blue today in Paris.", "does_not_support_answer"),
         ("", "no", "Metformin has no place in type 1 diabetes.", ""),
         ("", "yes", "Metformin is used in type 1 diabetes.", ""),
-        ("", "yes", "Metformin is not used in type 1 diabetes.", "contradicts_answer"),
+        ("", "yes", "People who do not use metformin have no type 1 diabetes.", ""),
+        ("", "yes", "No, metformin is not used in type 1 diabetes.", "contradicts_answer"),
     ],
 )
 def test_verify_yes_no_by_the_gold_quote_or_else_by_the_question(gold, answer, text, reason):

@@ -90,14 +90,10 @@ def test_a_profile_may_choose_another_method() -> None:
             r"reflect\.distracting = 'answer': .*\"text\" or \"grader\"",
         ),
         (
-            '[reflect]\ndistracting = "answer"\n',
-            r"reflect\.distracting = 'answer': backend = 'none' .*\"text\" or \"grader\"",
-        ),
-        (
             '[reflect]\nbackend = "text"\nform = "long"\n',
             r"reflect\.form = 'long': backend = 'text' .*\"tokens\"",
         ),
-        ('[reflect]\njudge = "endpoint"\n', r"reflect\.judge = 'endpoint': .*\"grader\""),
+        ('[reflect]\nbackend = "text"\njudge = "endpoint"\n', r"reflect\.judge = 'endpoint': .*\"grader\""),
         ('[reflect]\nbackend = "grader"\nthreshold = 0.7\n', r"reflect\.threshold = 0\.7: .*\"tokens\""),
         ('[reflect]\nbackend = "grader"\n[serve]\nvotes = 5\n', r"serve\.votes = 5: .*\"none\""),
         (
@@ -109,10 +105,6 @@ def test_a_profile_may_choose_another_method() -> None:
             r"serve\.options = 'evidence': .*\"student\"",
         ),
         ('[retrieve]\ntop_k = 4\n[reflect]\nbackend = "text"\n', r"retrieve\.top_k = 4: .*at most 3"),
-        (
-            '[export]\nrounding = "search"\nserve = "Q4_0"\n',
-            r"export\.serve = 'Q4_0': rounding = 'search' chooses",
-        ),
         ('[elicit.judge]\ngguf = "x.gguf"\nmodel = "y"\n', r"elicit\.judge.*model is an endpoint's"),
         ('[elicit.judge]\nkind = "local"\nbase_url = "y"\n', r"elicit\.judge.*beside kind = 'local'"),
         ('[elicit.judge]\nkind = "endpoint"\ngguf = "y"\n', r"elicit\.judge.*beside kind = 'endpoint'"),
@@ -135,6 +127,8 @@ def test_what_is_used_is_no_contradiction() -> None:
     for backend in ("text", "grader"):
         text = f'[reflect]\nbackend = "{backend}"\ndistracting = "answer"\n'
         assert config(text).reflect.distracting == "answer"
+    off = '[reflect]\nbackend = "tokens"\nform = "long"\n[profiles.a.reflect]\nbackend = "none"\n'
+    assert config(off).reflect.form == "long"  # and the profile may switch it off
     assert config('[reflect]\nbackend = "tokens"\ndrafts = "explained"\n').reflect.drafts == "explained"
 
 
