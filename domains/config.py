@@ -163,7 +163,7 @@ class ReflectSection(Record):
     partial_share: Share = 0.7
     unsupported_share: Share = 0.25
     critic: Literal["auto", "teacher", "rules", "trained"] = "auto"
-    critic_sample: Annotated[int, Field(ge=20)] = 200
+    critic_sample: Annotated[int, Field(ge=20)] = 200  # with fewer labels a task is not learned
     max_unparsed: Share = 0.2
     threshold: Share = 0.2
     relevance_weight: Annotated[float, Field(ge=0)] = 1.0

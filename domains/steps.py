@@ -36,7 +36,7 @@ class JudgeOptions(Record):
         if remote and (self.kind == "local" or self.gguf is not None):
             other = f"gguf = {self.gguf!r}" if self.gguf is not None else "kind = 'local'"
             raise ValueError(
-                f"{remote[0]} is an endpoint's and does nothing beside {other}: leave one of them out"
+                f"{remote[0]} = {getattr(self, remote[0])!r} is an endpoint's and does nothing beside {other}: leave one of them out"
             )
         if self.kind == "endpoint" and self.gguf is not None:
             raise ValueError(

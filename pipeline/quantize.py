@@ -76,7 +76,6 @@ def quantize(
 def describe_file(path: Path, kind: GgufType, *, outer: GgufType | None = None) -> QuantizeReport:
     """What a file in the format ``kind`` holds; ``outer`` is a type that embedding and output matrix may have on purpose."""
     facts = check_gguf(path)
-    meant = {name: {outer} for name in _OUTER}
     return QuantizeReport(
         asked=kind,
         size_bytes=facts.size_bytes,
@@ -85,6 +84,6 @@ def describe_file(path: Path, kind: GgufType, *, outer: GgufType | None = None) 
         fallbacks=tuple(
             tensor.name
             for tensor in facts.tensors
-            if tensor.kind not in _FAMILY[kind] and tensor.kind not in meant.get(tensor.name, ())
+            if tensor.kind not in _FAMILY[kind] and not (tensor.name in _OUTER and tensor.kind == outer)
         ),
     )

@@ -234,7 +234,7 @@ class RowBuilder:
         """A row that answers: KARD's passages where they carry a quote, else those that the teacher saw."""
         if self.by_rationale is not None:
             passages = self.by_rationale(rationale_query(item.question, item.rationale), self.top_k)
-            if _answers(item, passages) or own_quotes(item.rationale, passages):
+            if gold_quotes(item.question, passages) or own_quotes(item.rationale, passages):
                 return self._answer(item, passages, "rationale")
             counts["rationale_missed"] += 1
         return self._answer(item, item.passages, "gold")

@@ -100,7 +100,7 @@ def search(work: Work, held_out: HeldOut, progress: Progress) -> tuple[Choice, l
     Memory beside the student: one more copy of it in float32 while a candidate is made, and what GPTQ keeps
     (`pipeline.gptq`); rotations learned on the KL also keep a rounded copy of every matrix and one step's activations. The
     student's logits on the held-out texts are kept throughout: 25 kB per token of the vocabulary, 1.2 GB for the default
-    model's 49,152 and 3.2 GB for Llama 3.2's 128,256.
+    model's 49,152 and 3.1 GB for Llama 3.2's 128,256.
 
     Raises:
         DataError: the disk can't hold the candidates.

@@ -13,7 +13,6 @@ from typing import Any
 from domains.config import GgufType, KvCache
 from domains.jsonl import write_text_atomic
 from domains.records import Example
-from domains.routes import GRIDS
 from pipeline.bundle import ADAPTER, adapter_of, is_meta_llama, mark_ready, open_bundle, student_file
 from pipeline.exact_files import find_strangers, share_base, write_adapter, write_exact
 from pipeline.gguf_writer import write_llama_gguf
@@ -182,7 +181,8 @@ def write_formats(
                 report = _place_exact(run, exact, target)
             elif made and kind == served:
                 made.replace(target)
-                report = describe_file(target, kind, outer="Q8_0" if kind in GRIDS["qat"] else None)
+                # On a grid the embedding is Q8_0 on purpose; in a K-quant file it may be a fallback.
+                report = describe_file(target, kind, outer=None if kind == "Q4_K_M" else "Q8_0")
             else:
                 source = run.export / "student-F16.gguf"
                 report = quantize(source, target, kind=kind, imatrix=student.imatrix)

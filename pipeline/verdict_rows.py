@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from domains.records import Critique, Example, Passage, Question
+from domains.routes import MOST_VERDICTS
 from pipeline.critic import Ask
 from pipeline.reflect_ground import Ground, room_for, wanted_extra
 from pipeline.rows import Kept, Origin, gold_quotes, row_id, target
@@ -26,7 +27,7 @@ from rag.answers import format_reply, reference_answer
 from rag.verdicts import format_verdict
 
 # How many passages a row shows: below 0.2 none, below 0.3 one, below 0.6 two, else three.
-_COUNTS = ((0.2, 0), (0.3, 1), (0.6, 2), (1.0, 3))
+_COUNTS = ((0.2, 0), (0.3, 1), (0.6, 2), (1.0, MOST_VERDICTS))
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def test_a_profile_may_choose_another_method() -> None:
             r"serve\.options = 'evidence': .*\"student\"",
         ),
         ('[retrieve]\ntop_k = 4\n[reflect]\nbackend = "text"\n', r"retrieve\.top_k = 4: .*at most 3"),
-        ('[elicit.judge]\ngguf = "x.gguf"\nmodel = "y"\n', r"elicit\.judge.*model is an endpoint's"),
+        ('[elicit.judge]\ngguf = "x.gguf"\nmodel = "y"\n', r"elicit\.judge.*model = 'y' is an endpoint's"),
         ('[elicit.judge]\nkind = "local"\nbase_url = "y"\n', r"elicit\.judge.*beside kind = 'local'"),
         ('[elicit.judge]\nkind = "endpoint"\ngguf = "y"\n', r"elicit\.judge.*beside kind = 'endpoint'"),
         (
