@@ -24,10 +24,14 @@ _ABSTENTIONS = re.compile(
     re.IGNORECASE,
 )
 ABSTENTION_CHARS = 200  # an abstention says so in its first characters; later hedging is part of an answer
+# In front of a word only a capital is a letter: "the answer is a biopsy" names none.
 _LETTER = re.compile(
-    r"^\W*(?:(?:option|the (?:correct |right |best )?(?:answer|option) is:?)\s+\(?([A-H])\b"
-    r"|\(?([A-H])(?=\s*(?:$|[.):,\n])))",
-    re.IGNORECASE,
+    r"^\W*(?:(?i:option|the (?:correct |right |best )?(?:answer|option) is:?)\s+\(?([A-H]\b(?![-'’]\w)|[a-h](?=\s*(?:$|[.):,\n])))"
+    r"|\(?([A-Ha-h])(?=\s*(?:$|[.):,\n])))"
+)
+# "A, B" and "A or B" choose nothing.
+_SECOND = re.compile(
+    r"\s*\)?\s*(?:[,/&;]\s*(?:and|or)?|and|or)\s*\(?[A-H]\s*(?:$|[.):,;/&\n]|and\b|or\b)", re.IGNORECASE
 )
 _YES_NO = re.compile(r"^\W*(yes|no|maybe)\b", re.IGNORECASE)
 
@@ -92,12 +96,13 @@ def parse_option(answer: str, options: dict[str, str]) -> str | None:
 
     Reads a leading letter, else an answer that repeats exactly one option's text, whatever the case, in whole words
     ("Male" does not stand in "female", nor "5 mg" in "2.5 mg"). Inside a longer option's text that the answer
-    repeats, a shorter one does not count: "iron deficiency" names no "iron".
+    repeats, a shorter one does not count: "iron deficiency" names no "iron". What an option's text begins with is no
+    letter ("C. difficile"), unless that letter's own text follows it.
     """
-    if match := _LETTER.match(answer):
+    texts = {key: _plain(text) for key, text in options.items()}
+    if (match := _LETTER.match(answer)) and not _is_text(answer, match, texts):
         letter = (match[1] or match[2]).upper()
-        return letter if letter in options else None
-    texts = {key: squash(text).casefold().strip(" .") for key, text in options.items()}
+        return letter if letter in options and not _SECOND.match(answer, match.end()) else None
     # Of texts that begin at the same place the first in the pattern is taken: the longest.
     known = sorted((re.escape(text) for text in texts.values() if text), key=len, reverse=True)
     pattern = rf"(?<!\w)(?<!\d[.,])(?:{'|'.join(known)})(?!\w|[.,]\d)"
@@ -106,10 +111,30 @@ def parse_option(answer: str, options: dict[str, str]) -> str | None:
     return named[0] if len(named) == 1 else None
 
 
-def without_letter(answer: str) -> str:
+def without_letter(answer: str, options: dict[str, str]) -> str:
     """An answer without the option letter that it begins with."""
     match = _LETTER.match(answer)
-    return answer[match.end() :].lstrip(" .):,\n") if match else answer
+    if match is None or _is_text(answer, match, {key: _plain(text) for key, text in options.items()}):
+        return answer
+    return _behind(answer, match)
+
+
+def _plain(text: str) -> str:
+    return squash(text).casefold().strip(" .")
+
+
+def _behind(answer: str, match: re.Match[str]) -> str:
+    return answer[match.end() :].lstrip(" .):,\n")
+
+
+def _is_text(answer: str, match: re.Match[str], texts: dict[str, str]) -> bool:
+    """Whether what looks like a letter begins an option's text, with none of its own behind it."""
+    letter = match.start(1) if match[1] else match.start(2)
+    said, rest = squash(answer[letter:]).casefold(), squash(_behind(answer, match)).casefold()
+    own = texts.get(answer[letter].upper())
+    if own and rest.startswith(own):
+        return False
+    return any(len(text) > 1 and re.match(rf"{re.escape(text)}(?!\w)", said) for text in texts.values())
 
 
 def parse_yes_no(answer: str) -> str | None:

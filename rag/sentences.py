@@ -124,7 +124,7 @@ def in_words(claim: str, question: str) -> str:
     letter = parse_option(claim, options) if isinstance(options, dict) else None
     if letter is None or not isinstance(options, dict):
         return claim
-    rest = without_letter(claim)
+    rest = without_letter(claim, options)
     return rest if options[letter].lower() in rest.lower() else f"{options[letter]} {rest}".strip()
 
 

@@ -65,6 +65,14 @@ def test_option_letters(answer: str, letter: str | None) -> None:
         ({"A": "5 mg", "B": "2.5 mg"}, "It is 2.5 mg", "B"),
         ({"A": "in 5", "B": "in 6"}, "It is one in 5.5", None),
         ({"A": "Same", "B": "same"}, "The same", None),
+        ({"A": "C. difficile", "B": "Norovirus", "C": "Rotavirus"}, "C. difficile", "A"),
+        ({"A": "C. difficile", "B": "Norovirus", "C": "Rotavirus"}, "A. C. difficile", "A"),
+        ({"A": "C. difficile", "B": "Norovirus", "C": "Rotavirus"}, "The answer is C. difficile.", "A"),
+        ({"A": "C. difficile", "B": "Norovirus", "C": "Rotavirus"}, "C. Rotavirus", "C"),
+        ({"A": "C. difficile", "B": "Norovirus", "C": "Rotavirus"}, "C.", "C"),
+        ({"A": "E. coli", "B": "H. pylori"}, "H. pylori", "B"),
+        ({"A": "B. pertussis", "B": "pertussis"}, "B. pertussis", "B"),
+        ({"A": "O", "B": "A", "C": "B", "D": "AB"}, "B. A", "B"),
         ({"A": " .", "B": "C++ (a language)"}, "It is c++ (a language).", "B"),
         ({"A": "."}, "Nothing.", None),
     ],
@@ -72,6 +80,21 @@ def test_option_letters(answer: str, letter: str | None) -> None:
 def test_an_options_text_is_repeated_in_whole_words(
     options: dict[str, str], answer: str, letter: str | None
 ) -> None:
+    assert parse_option(answer, options) == letter
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("The answer is a blood test.", "B"), ("the correct answer is a biopsy", "C"), ("a biopsy", "C"),
+        ("The answer is A blood test", "B"), ("The answer is D: a sentence follows", "D"), ("The best answer is D", "D"),
+        ("the answer is b.", "B"), ("option c", "C"), ("Option C says so", "C"), ("The answer is B-cells", None),
+        ("A, B, C, D", None), ("A, B", None), ("A or B", None), ("(A) and (B)", None), ("The answer is A or B.", None),
+        ("a/b", None), ("A: An X-ray", "A"), ("A, a blood test is wrong", "A"), ("A. B is wrong", "A"),
+    ],
+)  # fmt: skip
+def test_an_article_is_no_letter_and_an_enumeration_no_choice(answer: str, letter: str | None) -> None:
+    options = {"A": "An X-ray", "B": "A blood test", "C": "A biopsy", "D": "No test"}
     assert parse_option(answer, options) == letter
 
 
