@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
+from itertools import islice
 from pathlib import Path
 from typing import Self
 
@@ -75,6 +77,7 @@ class Retriever:
     ) -> None:
         weights = {"dense": dense_weight, "lexical": lexical_weight}
         self.index = index
+        self._sizes = Counter(passage.doc_id for passage in index.passages)
         self._weights = {name: weight for name, weight in weights.items() if weight > 0}
         self._candidates = candidates
         self._rrf_k = rrf_k
@@ -134,26 +137,26 @@ class Retriever:
     ) -> dict[int, list[Fused]]:
         """The fused lists of the queries that are not empty, by position, before any reranking.
 
-        Each of the two lists is at least ``depth`` long, where the index has as many; passages of the
-        documents ``without`` are then taken out.
+        Each of the two lists is at least ``depth`` long, where the index has as many besides the passages of the
+        documents ``without``.
         """
         asked = [i for i, query in enumerate(queries) if query.strip()]
         length = max(self._candidates, self._rerank_candidates, depth)
+        reach = length + sum(self._sizes[document] for document in without)
         dense: dict[int, dict[str, float]] = {}
         if asked and "dense" in self._weights:
             vectors = self.index.embedder.embed([queries[i] for i in asked])
-            dense = dict(zip(asked, self.index.score_dense(vectors, top_k=length), strict=True))
+            dense = dict(zip(asked, self.index.score_dense(vectors, top_k=reach), strict=True))
         fused = {}
         for i in asked:
             rankings: dict[str, Mapping[str, float]] = {"dense": dense[i]} if i in dense else {}
             if "lexical" in self._weights:
-                rankings["lexical"] = self.index.score_lexical(queries[i], top_k=length)
+                rankings["lexical"] = self.index.score_lexical(queries[i], top_k=reach)
             if without:
-                rankings = {name: self._without(found, without) for name, found in rankings.items()}
+                rankings = {name: self._without(found, without, length) for name, found in rankings.items()}
             fused[i] = fuse(rankings, weights=self._weights, k=self._rrf_k)
         return fused
 
-    def _without(self, scored: Mapping[str, float], documents: Set[str]) -> dict[str, float]:
-        return {
-            name: score for name, score in scored.items() if self.index.by_id[name].doc_id not in documents
-        }
+    def _without(self, scored: Mapping[str, float], documents: Set[str], length: int) -> dict[str, float]:
+        others = (item for item in scored.items() if self.index.by_id[item[0]].doc_id not in documents)
+        return dict(islice(others, length))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -116,6 +117,36 @@ def test_threads_may_share_a_retriever(index: Index) -> None:
     expected = [shared.retrieve(query, top_k=3) for query in queries]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda query: shared.retrieve(query, top_k=3), queries)) == expected
+
+
+def test_a_long_document_that_is_left_out_does_not_shorten_the_lists(tmp_path: Path) -> None:
+    pages = [
+        Document(
+            doc_id="manual",
+            title="Manual",
+            text=" ".join(f"Rule {n} is about infection number {n}." for n in range(60)),
+            source="m.md",
+        )
+    ]
+    others = [
+        Document(doc_id=f"note-{n}", title="Note", text=f"Infection note {n}.", source=f"{n}.md")
+        for n in range(6)
+    ]
+    embedder = MiniLMEmbedder()
+    update_index(tmp_path, [*pages, *others], embedder=embedder, max_chars=100, overlap_chars=0)
+    alone = tmp_path / "alone"
+    update_index(alone, others, embedder=embedder, max_chars=100, overlap_chars=0)
+    with (
+        retriever(open_index(tmp_path, embedder=embedder), candidates=5) as both,
+        retriever(open_index(alone, embedder=embedder), candidates=5) as few,
+    ):
+        assert sum(passage.doc_id == "manual" for passage in both.index.passages) > 20
+        assert {hit.passage.doc_id for hit in both.retrieve("rule about infection", top_k=5)} == {"manual"}
+        without = both.retrieve("rule about infection", top_k=5, without={"manual"})
+        wanted = few.retrieve("rule about infection", top_k=5)
+        assert len(without) == 5
+        assert {hit.passage.doc_id for hit in without} == {hit.passage.doc_id for hit in wanted}
+        assert sorted(hit.ranks["dense"] for hit in without if "dense" in hit.ranks) == [1, 2, 3, 4, 5]
 
 
 def test_documents_are_left_out_as_if_they_were_not_in_the_index(index: Index) -> None:
