@@ -16,7 +16,8 @@ from collections.abc import Sequence
 NOTHING_FOUND = "No passages were found."
 _INFORMATIVE, _DISTRACTING = "informative", "distracting"
 _ALL = re.compile(
-    r"(?:The|Both|All(?: \d{1,2})?) passages? (?:is|are) (informative|distracting)\.?", re.IGNORECASE
+    r"(?:(The passage is)|(Both passages are)|All(?: (\d{1,2}))? passages are) (informative|distracting)\.?",
+    re.IGNORECASE,
 )
 _GROUP = re.compile(
     r"passages? ((?:\[\d{1,2}\](?:, | and |, and )?)+) (?:is|are) (informative|distracting)", re.IGNORECASE
@@ -61,7 +62,8 @@ def _read(line: str, passages: int) -> list[bool] | None:
     if line.rstrip(".").lower() == NOTHING_FOUND.rstrip(".").lower():
         return [] if passages == 0 else None
     if match := _ALL.fullmatch(line):
-        return [match[1].lower() == _INFORMATIVE] * passages if passages else None
+        count = 1 if match[1] else 2 if match[2] else int(match[3] or passages)
+        return [match[4].lower() == _INFORMATIVE] * passages if passages and count == passages else None
     found: dict[int, bool] = {}
     for match in _GROUP.finditer(line):
         for number in _NUMBER.findall(match[1]):

@@ -45,6 +45,10 @@ def test_the_wording() -> None:
         ("Passage [1] is informative, passages [1] and [2] are distracting.\nAnswer: x", 2),
         ("Passage [9] is informative, passage [1] is distracting.\nAnswer: x", 2),
         ("No passages were found.\nAnswer: x", 1),
+        ("The passage is distracting.\nAnswer: x", 3),  # says it of one
+        ("Both passages are informative.\nAnswer: x", 3),
+        ("All 2 passages are distracting.\nAnswer: x", 3),
+        ("All 2 passages are distracting.\nAnswer: x", 0),
         ("Answer: passage 1 was informative.", 1),
     ],
 )
