@@ -208,7 +208,7 @@ class RowBuilder:
         missed = 0
         for item in ordered[: round(share * len(kept))]:
             passages = self._retrieved(item.question)
-            if _answers(item, passages):
+            if _answers(item, passages) or _quoteless(item):
                 row = self._answer(item, passages, "retrieved")
                 if row.id in rows:  # another rationale of the question gave the same one
                     counts["retrieved_repeated"] += 1
@@ -234,7 +234,11 @@ class RowBuilder:
         """A row that answers: KARD's passages where they carry a quote, else those that the teacher saw."""
         if self.by_rationale is not None:
             passages = self.by_rationale(rationale_query(item.question, item.rationale), self.top_k)
-            if gold_quotes(item.question, passages) or own_quotes(item.rationale, passages):
+            if (
+                gold_quotes(item.question, passages)
+                or own_quotes(item.rationale, passages)
+                or _quoteless(item)
+            ):
                 return self._answer(item, passages, "rationale")
             counts["rationale_missed"] += 1
         return self._answer(item, item.passages, "gold")
@@ -298,6 +302,12 @@ def _answers(item: Kept, passages: Sequence[Passage]) -> bool:
     if item.question.gold:
         return bool(gold_quotes(item.question, passages))
     return bool(own_quotes(item.rationale, passages))
+
+
+def _quoteless(item: Kept) -> bool:
+    """Whether the row can have no quote, whatever its passages: then they are taken as they come, as KARD takes them."""
+    question = item.question
+    return not question.gold and question.kind != "open" and not own_quotes(item.rationale, item.passages)
 
 
 def row_id(messages: Sequence[Message], completion: str) -> str:

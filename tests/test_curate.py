@@ -402,6 +402,28 @@ def test_questions_without_gold_quotes_are_drawn_too():
     assert counts["retrieved_unclear"] == counts["gold_rows"] == len(kept)  # nobody knows that they miss
 
 
+def test_a_closed_question_that_nothing_can_be_quoted_for_takes_the_passages_as_they_come():
+    """KARD's own case, multiple choice without gold quotes (arXiv 2305.18395 section 3.2)."""
+    kept = [
+        replace(
+            item,
+            question=item.question.model_copy(update={"gold": []}),
+            rationale=item.rationale.model_copy(update={"text": "They are the dearest.\nAnswer: B"}),
+        )
+        for item in all_kept()
+        if item.question.kind == "options"
+    ]
+    maker = builder(misses, by_rationale=lambda query, top_k: finds_words("elm birch", top_k))
+    for share, origin in ((0.0, "rationale"), (1.0, "retrieved")):
+        rows, counts = maker.build(
+            kept, [], retrieved_share=share, irrelevant_share=0.0, abstention_share=ABSTENTIONS
+        )
+        assert {row.origin for row in rows} == {origin}
+        assert not counts["rationale_missed"]
+        assert not counts["retrieved_unclear"]
+        assert all(row.completion.startswith("Answer: B") for row in rows)
+
+
 @pytest.mark.parametrize("in_target", [True, False])
 def test_the_share_is_of_all_rationales_where_their_rows_differ(in_target):
     rationales = [rationale(asked, sample=n, words=f"number {n} " * n) for asked in seeds() for n in (0, 1)]
