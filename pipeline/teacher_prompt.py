@@ -85,4 +85,5 @@ def strip_boilerplate(text: str) -> str:
     rest = rest.strip()
     if not re.search(r"\w", rest):
         return text.strip()
-    return rest[0].upper() + rest[1:]
+    # "eGFR" and "iOS" are written so; and what had no such opening is left as it is.
+    return rest[0].upper() + rest[1:] if rest != text.strip() and rest.split()[0].islower() else rest

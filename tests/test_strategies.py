@@ -471,6 +471,15 @@ def test_what_gives_the_answer_away() -> None:
     [closed] = tasks(1, options_question)
     assert leak("It should be option B.", closed, "Answer: A") == "option b"
     assert leak("Look at option A again.", closed, "Answer: A") == ""
+    first = closed.model_copy(update={"question": options_question().model_copy(update={"answer": "A"})})
+    for harmless in (
+        "The answer is a bit long; say what it rests on.",
+        "Nobody could answer a patient with this.",
+    ):
+        assert leak(harmless, first, "Answer: B") == ""
+    assert leak("The answer is A.", first, "Answer: B") == "answer is a"
+    assert leak("the answer is a.", first, "Answer: B") == "answer is a"
+    assert leak("Answer A is right.", first, "Answer: B") == "answer a"
 
 
 # -- rate ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ the chain: students below 1B learn little from feedback on themselves.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 from domains.records import Message
@@ -149,12 +150,14 @@ def leak(feedback: str, row: Row, answer: str) -> str:
         piece = f" {' '.join(tokens[start : start + size])} "
         if size and piece in told and piece not in known:
             return piece.strip()
-    letter = (question.answer or "").lower()
     if question.kind == "options":
-        for lead in ("option", "answer is", "answer"):
-            phrase = f" {lead} {letter} "
-            if phrase in told and phrase not in known:
-                return phrase.strip()
+        letter = question.answer or ""
+        # In front of a word only a capital is a letter: "the answer is a bit long" names none.
+        named = re.compile(
+            rf"(?i:\b(?:option|answer(?: is)?:?))\s+\(?(?:{letter}\b(?![-'’]\w)|{letter.lower()}(?=\s*(?:$|[.):,\n])))"
+        )
+        if (found := named.search(feedback)) and not named.search(answer):
+            return " ".join(words(found[0]))
     return ""
 
 

@@ -20,13 +20,13 @@ from typing import Any
 _ITEM = re.compile(r"^[ \t]{0,3}(\d{1,3})[.)][ \t]+", re.MULTILINE)
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 _SCORE = re.compile(
-    rf"^[ \t*#]*(?:score|rating)\b[ \t*]*[:=][ \t*]*({_NUMBER})(?:[ \t]*/[ \t]*(\d+))?(?![\d/%])[^\n]*$",
+    rf"^[ \t*#]*(?:score|rating)\b[ \t*]*[:=][ \t*]*({_NUMBER})(?:[ \t]*(?:/|(?:out )?of)[ \t]*(\d+))?(?![\d/%]|[ \t]*[-–][ \t]*\d)[^\n]*$",
     re.IGNORECASE | re.MULTILINE,
 )
 # What begins JSON, not a citation like [1] or a placeholder.
 _OBJECT = re.compile(r'\{\s*["}]')
 _OPENING = re.compile(r'\{\s*["}]|\[\s*[\[{"\]]')
-_BARE = re.compile(rf"^[ \t*]*({_NUMBER})(?:[ \t]*/[ \t]*(\d+))?[ \t*.]*$")
+_BARE = re.compile(rf"^[ \t*]*({_NUMBER})(?:[ \t]*(?:/|(?:out )?of)[ \t]*(\d+))?[ \t*.]*$")
 
 
 @dataclass(frozen=True)
