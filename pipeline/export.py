@@ -9,8 +9,10 @@ counts   formats = files written; prompts = replayed by the gate; positions = to
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 from domains.config import GgufType
@@ -30,6 +32,7 @@ from pipeline.student import load_student
 from pipeline.student_files import Clock, Student, pass_gate, write_formats, write_student
 from serve.engine import Engine
 from serve.manifest import BaseModelFacts
+from serve.reflection import open_reflector, retrieval_depth
 
 _ASKED = 48  # prompts drawn for a search; those without the passages that answer are left out of it
 
@@ -92,6 +95,8 @@ def _make_served(
     """
     config = domain.config
     how, serve = config.export.rounding, config.export.serve
+    candidates = run.export / "candidates"
+    rmtree(candidates, ignore_errors=True)  # what an interrupted search left
     if how == "llama.cpp":
         return serve, None, None
     trained = load_student(run.training, base=config.student.base)
@@ -99,7 +104,7 @@ def _make_served(
         network=plain_network(trained).cpu(),  # where calibration text lies, too
         base=trained.base,
         f16=run.export / "student-F16.gguf",
-        folder=run.export / "candidates",
+        folder=candidates,
         examples=examples,
         context=config.student.context,
         settings=settings_of(domain),
@@ -129,16 +134,22 @@ def _held_out(domain: Domain, run: Run, examples: Sequence[Example]) -> HeldOut:
     with open_retriever(need(run.index, stage="index"), config.retrieve, config.rerank) as retriever:
         passages = list(retriever.index.passages)
         items = draw_items(
-            seed_questions(questions), seen, retriever, count=_ASKED, top_k=config.retrieve.top_k, seed=0,
+            seed_questions(questions), seen, retriever, count=_ASKED,
+            top_k=retrieval_depth(config.reflect, config.retrieve.top_k), seed=0,
         )  # fmt: skip
-    items = [item for item in items if item.part != "gold_removed"]
+    items = [item for item in items if item.part != "gold_removed" and item.question.id not in seen]
 
     def score(gguf: Path) -> list[float]:
-        with Engine(gguf, context=config.student.context, parallel=PARALLEL) as engine:
+        with ExitStack() as stack:
+            engine = stack.enter_context(Engine(gguf, context=config.student.context, parallel=PARALLEL))
+            # A grader would be asked, and paid, for each file again; its students answer in the plain form.
+            reflector = open_reflector(config.reflect, engine) if config.reflect.backend != "grader" else None
+            if reflector is not None:
+                stack.callback(reflector.close)
             answers = ask_items(
                 items, engine, system=domain.prompts["system"], abstain=config.domain.abstain,
-                top_k=config.retrieve.top_k, max_tokens=config.serve.max_tokens, unsupported="keep", reflector=None,
-                progress=Silent(),
+                top_k=config.retrieve.top_k, max_tokens=config.serve.max_tokens, unsupported="keep",
+                reflector=reflector, progress=Silent(),
             )  # fmt: skip
         return scores([item.question for item in items], answers, abstain=config.domain.abstain)
 

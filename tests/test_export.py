@@ -13,10 +13,11 @@ import torch
 
 from domains.domain import Domain, load_domain
 from domains.errors import ParityError, StageError
-from domains.jsonl import write_jsonl
+from domains.jsonl import read_jsonl, write_jsonl
 from domains.records import Example, Message, Question, Quote, Rationale
 from pipeline import candidates, export, gguf_writer
 from pipeline.candidates import CANDIDATES
+from pipeline.development import ask_items
 from pipeline.grids import Packed
 from pipeline.parity import Parity
 from pipeline.progress import Silent
@@ -73,7 +74,8 @@ def questions() -> list[Question]:
         split="exam",
     )
     seed = dose.model_copy(update={"id": "seed", "split": "seed"})
-    return [dose, milk, price, seed]
+    fresh = milk.model_copy(update={"id": "fresh", "split": "seed"})
+    return [dose, milk, price, seed, fresh]
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +293,35 @@ def test_a_search_serves_what_is_near_enough_and_says_why(world: tuple[Path, Pat
     assert sum(f" {name}" in found["rotation"] for name in rotated) == 1
     assert [row["exam"] for row in found["candidates"]].count(None) == 0
     assert read_manifest(run.bundle).ready
+
+
+@pytest.mark.parametrize(("backend", "opened"), [("none", None), ("text", "text"), ("grader", None)])
+def test_files_are_scored_on_fresh_questions_in_the_form_that_was_trained(
+    world: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, backend: str, opened: str | None
+) -> None:
+    plain, run = load(world, export={"formats": ["Q8_0"], "imatrix_tokens": 0})
+    export.run(plain, run, Silent())
+    asked: list[tuple[list[str], str | None]] = []
+
+    def ask(items: Any, engine: Any, *, reflector: Any, **how: Any) -> Any:
+        asked.append(([item.question.id for item in items], reflector and reflector.name))
+        return ask_items(items, engine, reflector=reflector, **how)
+
+    monkeypatch.setattr(export, "ask_items", ask)
+    domain, _ = load(world, reflect={"backend": backend})
+    held_out = export._held_out(domain, run, read_jsonl(run.examples, Example))
+    assert held_out.score is not None
+    assert len(held_out.score(run.bundle / "student.gguf")) == 1
+    assert asked == [(["fresh"], opened)]
+
+
+def test_what_an_interrupted_search_left_goes(world: tuple[Path, Path]) -> None:
+    domain, run = load(world, export={"formats": ["Q8_0"], "imatrix_tokens": 0})
+    left = run.export / "candidates" / "gptq-q4_0.gguf"
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.write_bytes(b"half")
+    export.run(domain, run, Silent())
+    assert not left.parent.exists()
 
 
 def test_a_bound_that_is_missed_keeps_the_bundle_from_being_ready(world: tuple[Path, Path]) -> None:
