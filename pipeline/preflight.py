@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from domains.config import KvCache
 from domains.domain import Domain
 from domains.errors import ConfigError, TeacherError
 from domains.jsonl import write_text_atomic
@@ -16,6 +17,7 @@ from pipeline.merge import check_biases
 from pipeline.progress import Progress
 from pipeline.run_folder import Run
 from pipeline.student import check_architecture
+from serve.llama import check_head_width
 from serve.models import SMOLLM2, check_base
 
 FEW_SEEDS = 20  # answerable seed questions; with fewer a student learns next to nothing
@@ -34,7 +36,12 @@ def check_main_job(domain: Domain, run: Run, progress: Progress) -> None:
     """
     check_owner(domain, run)
     check_base(domain.config.student.base)
-    _check_exportable(domain.config.student.base, on_grid=domain.config.train.grid is not None)
+    config = domain.config
+    _check_exportable(
+        config.student.base,
+        on_grid=config.train.grid is not None or config.export.rounding != "llama.cpp",
+        kv_cache=config.serve.kv_cache,
+    )
     questions = domain.read_questions()
     domain.read_instructions()
     teacher = domain.config.teacher
@@ -53,7 +60,7 @@ def check_main_job(domain: Domain, run: Run, progress: Progress) -> None:
         )
 
 
-def _check_exportable(base: str, *, on_grid: bool) -> None:
+def _check_exportable(base: str, *, on_grid: bool, kv_cache: KvCache) -> None:
     config, tokenizer = _json_of(base, "config.json"), _json_of(base, "tokenizer.json")
     check_biases(base, config)
     if "model_type" in config:
@@ -64,6 +71,15 @@ def _check_exportable(base: str, *, on_grid: bool) -> None:
     widths = [
         config[name] for name in ("hidden_size", "intermediate_size") if isinstance(config.get(name), int)
     ]
+    heads, hidden, head_dim = (
+        config.get(name) for name in ("num_attention_heads", "hidden_size", "head_dim")
+    )
+    if isinstance(heads, int) and isinstance(head_dim, int):
+        widths.append(heads * head_dim)  # the rows of o_proj
+    elif isinstance(heads, int) and isinstance(hidden, int):
+        head_dim = hidden // max(heads, 1)
+    if isinstance(head_dim, int):
+        check_head_width(head_dim, kv_cache, f"the base model {base!r}")
     if on_grid and widths:
         from pipeline.grids.blocks import BLOCK  # with torch
         from pipeline.methods.grid_base import no_place

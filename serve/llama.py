@@ -24,6 +24,20 @@ BATCH_TOKENS = 512
 _KV_BLOCK = 32  # numbers that share a scale in a quantized cache
 
 
+def check_head_width(width: int, kv_cache: KvCache, whose: str) -> None:
+    """Pass if keys and values of heads ``width`` wide can be kept as ``kv_cache``.
+
+    Raises:
+        ModelError: they can't.
+    """
+    if kv_cache != "f16" and width % _KV_BLOCK:
+        raise ModelError(
+            f"a key-value cache of {kv_cache} for heads of width {width} ({whose})",
+            expected=f"a width that is a multiple of {_KV_BLOCK}, the block that shares a scale",
+            next_step='set [serve] kv_cache = "f16" in domain.toml',
+        )
+
+
 class Llama:
     """A context of ``parallel`` sequences on a model. Not for several threads at once.
 
@@ -98,7 +112,7 @@ class Llama:
         params.kv_unified = False  # each sequence has its own cells: attention never scans the others'
         params.no_perf = True
         if kv_cache != "f16":
-            self._check_head_width(kv_cache)
+            check_head_width(self.model.head_width, kv_cache, self.model.path.name)
             params.type_k = params.type_v = {"q8_0": c.GGML_TYPE_Q8_0, "q4_0": c.GGML_TYPE_Q4_0}[kv_cache]
             params.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_ENABLED  # quantized values need it
         with self.model.lock:
@@ -115,15 +129,6 @@ class Llama:
                 c.llama_free(context)
                 raise ModelError(f"llama.cpp can't use the adapter with {self.model.path}: {last_lines()}")
         return context
-
-    def _check_head_width(self, kv_cache: KvCache) -> None:
-        width = self.model.head_width
-        if width % _KV_BLOCK:
-            raise ModelError(
-                f"a key-value cache of {kv_cache} for heads of width {width} ({self.model.path.name})",
-                expected=f"a width that is a multiple of {_KV_BLOCK}, the block that shares a scale",
-                next_step='set [serve] kv_cache = "f16" in domain.toml',
-            )
 
     # -- one batch ---------------------------------------------------------------------------------
 

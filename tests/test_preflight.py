@@ -73,8 +73,13 @@ def test_a_base_that_could_not_be_exported_is_found_before_the_teacher_is_paid(
     check_main_job(domain, run, Silent())
 
 
+def section_of(changes: dict[str, object]) -> dict[str, dict[str, object]]:
+    section = {"rounding": "export", "kv_cache": "serve"}
+    return {section.get(name, "train"): changes for name in changes}
+
+
 @pytest.mark.parametrize(
-    ("train", "name", "text", "said"),
+    ("changes", "name", "text", "said"),
     [
         ({}, "config.json", '{"model_type": "mistral"}', "is of type 'mistral'"),
         ({}, "config.json", '{"rope_scaling": {"type": "linear", "factor": 2}}', "rotary scaling 'linear'"),
@@ -85,17 +90,35 @@ def test_a_base_that_could_not_be_exported_is_found_before_the_teacher_is_paid(
             '{"hidden_size": 64, "intermediate_size": 100}',
             "rows of 100 weights",
         ),
+        (
+            {"rounding": "gptq"},
+            "config.json",
+            '{"hidden_size": 64, "intermediate_size": 100}',
+            "rows of 100 weights",
+        ),
+        (
+            {"kv_cache": "q8_0"},
+            "config.json",
+            '{"hidden_size": 64, "num_attention_heads": 4}',
+            "q8_0 for heads of width 16",
+        ),
+        (
+            {"method": "qat", "grid": "Q4_0"},
+            "config.json",
+            '{"hidden_size": 64, "num_attention_heads": 3, "head_dim": 16}',
+            "rows of 48 weights",
+        ),
         ({}, "tokenizer.json", '{"model": {"type": "BPE", "byte_fallback": true}}', "with byte fallback"),
         ({}, "tokenizer.json", '{"model": {"type": "Unigram"}}', "a Unigram model"),
     ],
 )
 def test_what_export_has_no_place_for_is_found_before_the_teacher_is_paid(
-    train: dict[str, object], name: str, text: str, said: str, tmp_path: Path
+    changes: dict[str, object], name: str, text: str, said: str, tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
     base.mkdir()
     (base / name).write_text(text)
-    domain = with_changes(load_domain("medical"), student={"base": str(base)}, train=train)
+    domain = with_changes(load_domain("medical"), student={"base": str(base)}, **section_of(changes))
     with pytest.raises(ModelError, match=said):
         check_main_job(domain, Run(tmp_path / "medical" / "quick"), Silent())
     (base / name).write_text(
