@@ -254,7 +254,7 @@ def measure_exactness(
             "kl_interval": [round(kl.low, 6), round(kl.high, 6)],
             **facts,
         }
-        if method == "qalora" and grid == "Q4_1" and trained.base.packaged:
+        if method == "qalora" and grid == "Q4_1" and trained.base.gguf is not None:
             found[name] |= compare_with_base(path, network.config)
     return found
 

@@ -28,7 +28,6 @@ from pipeline.speed import Speed, measure_speed
 from pipeline.student import Base
 from pipeline.training_loop import Settings
 from serve.gguf_check import check_gguf
-from serve.models import packaged_gguf
 from serve.quantizer import requantize
 
 if TYPE_CHECKING:
@@ -202,7 +201,7 @@ def _write(path: Path, network: Any, packed: Mapping[str, Packed], base: Base, *
         name=base.name,
         licence=base.licence,
         end_of_turn=base.end_of_turn,
-        copy_tokenizer_from=packaged_gguf() if base.packaged else None,
+        copy_tokenizer_from=base.gguf,
         packed=packed,
         file_kind=kind,
     )

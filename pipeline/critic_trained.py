@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from domains.records import Critique, Passage
+from domains.routes import LEAST_LABELS
 from domains.words import numbers
 from pipeline.critic import Ask, Critic, evidence_text
 from pipeline.logistic import Fit, Floats, fit_labels
@@ -27,7 +28,6 @@ from rag.words import sentence_spans
 # Texts -> unit vectors, one row each.
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 _FLOORS = (0.3, 0.45, 0.6, 0.8)
-LEAST = 20  # labels of a task; fewer say too little
 
 
 class TrainedCritic:
@@ -64,7 +64,7 @@ def kind_of(ask: Ask) -> str:
 
 
 def train_critic(
-    labelled: Sequence[tuple[Ask, str]], embed: Embed | None, *, teacher: str, least: int = LEAST
+    labelled: Sequence[tuple[Ask, str]], embed: Embed | None, *, teacher: str, least: int = LEAST_LABELS
 ) -> TrainedCritic:
     """Fit one model per kind of question that has at least ``least`` labels."""
     groups: defaultdict[str, list[tuple[Ask, str]]] = defaultdict(list)

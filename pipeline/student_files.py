@@ -25,7 +25,6 @@ from pipeline.quantize import BITS_PER_WEIGHT, QuantizeReport, describe_file, qu
 from pipeline.replays import Turn, make_replay
 from pipeline.run_folder import Run, check_space, disk_errors
 from pipeline.student import Base, encode_completion, encode_prompt, load_student, render_prompt
-from serve.models import packaged_gguf
 
 
 @dataclass(frozen=True)
@@ -261,7 +260,7 @@ def write_f16(path: Path, network: Any, base: Base, *, title: str) -> None:
         name=named(title, base),
         licence=base.licence,
         end_of_turn=base.end_of_turn,
-        copy_tokenizer_from=packaged_gguf() if base.packaged else None,
+        copy_tokenizer_from=base.gguf,
     )
 
 

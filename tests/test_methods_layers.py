@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from domains.errors import ModelError
+from domains.errors import ModelError, ParityError
 from pipeline.grids.blocks import BLOCK, Blocks
 from pipeline.grids.rounding import decode, encode
 from pipeline.grids.straight_through import fake_quantize
 from pipeline.methods.block_linear import BlockLinear
+from pipeline.methods.grid_base import check_trained, pack_blocks
 from pipeline.methods.rules import Minima, Rounded, Rule, Scales
 
 OUT, WIDTH, RANK, SCALING = 24, 96, 4, 2.0
@@ -106,6 +107,21 @@ def test_the_layer_multiplies_with_what_its_blocks_decode_to(name: str) -> None:
     assert torch.equal(layer.weight, decode(layer.blocks()))
     x = torch.randn(5, WIDTH)
     assert torch.equal(layer(x), x @ decode(layer.blocks()).T)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_training_did_not_multiply_with_is_not_kept(name: str) -> None:
+    """`Method.save` compares the layers' own numbers with the bytes that will be served."""
+    layer = layer_of(CASES[name][0](), torch.bfloat16)
+    packed = pack_blocks({"w.weight": layer.blocks()})
+    check_trained(packed, lambda _: layer.weight)
+    stale = layer.weight.clone()
+    with torch.no_grad():
+        layer.b.mul_(1.5)
+    packed = pack_blocks({"w.weight": layer.blocks()})
+    check_trained(packed, lambda _: layer.weight)
+    with pytest.raises(ParityError, match="training multiplied with other numbers"):
+        check_trained(packed, lambda _: stale)
 
 
 def test_pooling_beside_the_base_is_the_same_layer() -> None:

@@ -13,6 +13,7 @@ from pipeline.progress import Silent
 from pipeline.retrain import RetrainMethod, retrain
 from pipeline.student import Base, load_base
 from pipeline.training_loop import Settings
+from serve.models import packaged_gguf
 from tests.tiny_llama import make_tiny_llama
 
 SETTINGS = Settings(
@@ -57,11 +58,11 @@ def test_a_student_of_the_packaged_model_does_not_begin_from_that_models_file(
 ) -> None:
     made = [
         retrain(
-            base.model, replace(base, packaged=packaged), rows(0), tmp_path / str(packaged), Silent(),
+            base.model, replace(base, gguf=gguf), rows(0), tmp_path / str(gguf is None), Silent(),
             method=method, grid="Q4_1", settings=SETTINGS, kl_weight=1.0,
             batches=[torch.tensor([row.ids for row in rows(0)])],
         )
-        for packaged in (False, True)
+        for gguf in (None, packaged_gguf())
     ]  # fmt: skip
     own, packaged = ({name: matrix.rows.tobytes() for name, matrix in each.items()} for each in made)
     assert own == packaged

@@ -48,7 +48,7 @@ def base(tiny: Path) -> Base:
 def test_a_folder_named_like_the_packaged_model_keeps_its_own_weights(tmp_path: Path) -> None:
     own = load_base(str(make_tiny_llama(tmp_path / SMOLLM2)), dtype=torch.float32)
     assert own.name == SMOLLM2
-    assert not own.packaged
+    assert own.gguf is None
     for name, blocks in base_blocks(own, "Q8_0").items():
         weight = own.model.get_parameter(name)
         assert (decode(blocks) - weight).abs().max() < 0.01 * weight.abs().max()
@@ -94,7 +94,7 @@ def test_smollm2_wants_no_bos_and_names_its_origin(smollm2: Base) -> None:
     assert (smollm2.bos, smollm2.adds_bos) == ("<|im_start|>", False)  # as its file says
     assert smollm2.tokenizer.convert_ids_to_tokens(ids[:2]) == ["<|im_start|>", "system"]
     assert smollm2.tokenizer.decode(ids) == render_prompt(smollm2, CHAT)
-    assert smollm2.packaged
+    assert smollm2.gguf == packaged_gguf()
     assert (smollm2.licence, smollm2.name) == ("apache-2.0", SMOLLM2)
     assert smollm2.model.lm_head.weight is smollm2.model.model.embed_tokens.weight
 

@@ -7,7 +7,7 @@ Norms are never rounded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from domains.errors import ModelError
+from domains.errors import ModelError, ParityError
 from domains.routes import Grid
 from pipeline.gptq import collect_and_round
 from pipeline.grids.blocks import BLOCK, Blocks, Packed
@@ -27,7 +27,6 @@ from pipeline.methods.adapter_files import keep_blocks
 from pipeline.progress import Progress, Silent
 from pipeline.run_folder import check_space
 from pipeline.student import Base
-from serve.models import packaged_gguf
 
 _GRIDS = {"Q4_0", "Q4_1", "Q8_0"}
 _OUTER = ("model.embed_tokens.weight", "lm_head.weight")
@@ -143,6 +142,26 @@ def read_back(matrix: Packed, width: int) -> torch.Tensor:
     return torch.from_numpy(ggml_decode(matrix.rows, matrix.kind, width))
 
 
+def check_trained(packed: Mapping[str, Packed], weight_of: Callable[[str], torch.Tensor]) -> None:
+    """Pass if the training network multiplies with the very numbers that will be served.
+
+    Args:
+        packed: the matrices as bytes of the file.
+        weight_of: the training network's own matrix by its parameter name, in the type of its arithmetic.
+
+    Raises:
+        ParityError: one differs from what its bytes decode to.
+    """
+    for name, matrix in packed.items():
+        weight = weight_of(name).detach()
+        if not torch.equal(read_back(matrix, weight.shape[1]).to(weight), weight):
+            raise ParityError(
+                f"{name}: training multiplied with other numbers than its blocks decode to",
+                expected="equal bits: the blocks are what is served",
+                next_step="nothing was kept; report it, and train by another [train] method",
+            )
+
+
 def pack_blocks(blocks: Mapping[str, Blocks]) -> dict[str, Packed]:
     """Blocks as bytes."""
     return {name: Packed(value.grid, pack(value)) for name, value in blocks.items()}
@@ -157,11 +176,11 @@ def _outer(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _own_file(base: Base) -> Mapping[str, Packed]:
     """The matrices of the base's GGUF file; nothing for a base of another form."""
-    if not base.packaged:
+    if base.gguf is None:
         return {}
     from pipeline.gguf_tensors import read_packed
 
-    return read_packed(packaged_gguf(), base.model.config)
+    return read_packed(base.gguf, base.model.config)
 
 
 def check_linear(path: str, linear: nn.Linear) -> None:

@@ -19,6 +19,7 @@ from pipeline.methods.adapter_files import load_blocks, save_blocks
 from pipeline.methods.grid_base import (
     Calibration,
     base_blocks,
+    check_trained,
     outer_packed,
     pack_blocks,
     set_linears,
@@ -66,8 +67,10 @@ class GridLora:
 
     def save(self, adapted: Any, folder: Path, *, base_name: str) -> dict[str, Any]:
         """See `Method.save`; PEFT's format, and the base's blocks."""
+        network, packed = adapted.get_base_model(), getattr(adapted, _PACKED)
+        check_trained(packed, lambda name: _base_weight(network.get_submodule(name.removesuffix(".weight"))))
         save_peft(adapted, folder, base_name=base_name)
-        save_blocks(folder, getattr(adapted, _PACKED))
+        save_blocks(folder, packed)
         return {"quantization": self.grid}
 
     def load(self, folder: Path, base: Base) -> Trained:
@@ -84,6 +87,13 @@ class GridLora:
                 pair = (layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach())
                 low_rank[f"{path}.weight"], alpha = pair, float(layer.lora_alpha[name])
         return Trained(adapted, base, packed, low_rank, alpha, self.grid)
+
+
+def _base_weight(module: Any) -> torch.Tensor:
+    from peft.tuners.lora import LoraLayer
+
+    weight: torch.Tensor = (module.get_base_layer() if isinstance(module, LoraLayer) else module).weight
+    return weight
 
 
 def _round(base: Base, packed: dict[str, Packed]) -> None:

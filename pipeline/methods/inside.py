@@ -13,7 +13,7 @@ from domains.routes import Grid
 from pipeline.grids.blocks import Packed
 from pipeline.methods.adapter_files import load_blocks, save_adapter, save_blocks
 from pipeline.methods.block_linear import BlockLinear, BlockNetwork
-from pipeline.methods.grid_base import outer_packed, pack_blocks, set_linears, set_outer
+from pipeline.methods.grid_base import check_trained, outer_packed, pack_blocks, set_linears, set_outer
 from pipeline.methods.method import Adapter, Trained
 from pipeline.methods.rules import Rule
 from pipeline.qlora import to_training, training_device
@@ -61,11 +61,16 @@ class Inside:
 
     def save(self, adapted: BlockNetwork, folder: Path, *, base_name: str) -> dict[str, Any]:
         """See `Method.save`."""
+        packed, layers = packed_of(adapted), dict(adapted.linears())
+        check_trained(
+            packed,
+            lambda name: layers[name].weight if name in layers else adapted.network.get_parameter(name),
+        )
         weights = {}
-        for name, layer in adapted.linears():
+        for name, layer in layers.items():
             weights[f"{name}.lora_A"], weights[f"{name}.lora_B"] = layer.a, layer.b
         save_adapter(folder, weights, {"method": self.name, "grid": self.grid, "base": base_name})
-        save_blocks(folder, packed_of(adapted))
+        save_blocks(folder, packed)
         return {"quantization": self.grid}
 
     def load(self, folder: Path, base: Base) -> Trained:
