@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from domains.errors import ConfigError
 from domains.records import Record
-from domains.routes import Grid, Method, complete_export, complete_train, contradictions
+from domains.routes import LEAST_LABELS, Grid, Method, complete_export, complete_train, contradictions
 from domains.steps import STEPS, JudgeOptions, LabelStep, Step
 
 GgufType = Literal["F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K_M"]
@@ -163,7 +163,7 @@ class ReflectSection(Record):
     partial_share: Share = 0.7
     unsupported_share: Share = 0.25
     critic: Literal["auto", "teacher", "rules", "trained"] = "auto"
-    critic_sample: Annotated[int, Field(ge=20)] = 200  # with fewer labels a task is not learned
+    critic_sample: Annotated[int, Field(ge=LEAST_LABELS)] = 200
     max_unparsed: Share = 0.2
     threshold: Share = 0.2
     relevance_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -357,7 +357,7 @@ class ServeSection(Record):
     ``max_wrong`` is the share of given answers that may be wrong: the assistant abstains where it is not
     sure enough for that (0: as sure or unsure as it is).
     ``kv_cache``: how keys and values of the context are kept. The quantized ones take 0.53 and 0.28 of the memory; before
-    they are rounded, llama.cpp turns them by a Hadamard matrix (SpinQuant's R3, arXiv 2405.16406).
+    they are rounded, llama.cpp turns them by a Hadamard matrix (SpinQuant's R3, arXiv 2405.16406) where a head is a multiple of 64 wide.
     ``votes`` replies are written to each question, all but the first drawn at ``vote_temperature``; the answer that
     most give is taken (KARD's n-sample inference, arXiv 2305.18395). It costs that many times the writing.
     ``options``: who answers questions with lettered options, the ``student``, or the ``evidence``: the option whose

@@ -27,6 +27,7 @@ LEARNING_RATES: Mapping[str, float] = {"qlora": 1e-3, "qalora": 3e-3, "qat": 1e-
 _BLOCKS = ("Q4_0", "Q4_1", "Q8_0")
 ON_BASE = {"qalora", "grid-lora"}  # methods that keep the codes of a base on the grid
 MOST_VERDICTS = 3  # passages of a row of SAIL's (arXiv 2305.15225 §3)
+LEAST_LABELS = 20  # of a task of the trained critic; fewer say too little
 # Keys of [reflect] that only some back-ends read; a profile that writes "none" may leave them standing.
 _REFLECTING: Mapping[tuple[str, ...], tuple[str, ...]] = {
     (
@@ -36,8 +37,12 @@ _REFLECTING: Mapping[tuple[str, ...], tuple[str, ...]] = {
         "utility_weight",
         "sequence_weight",
         "form",
+        "beam",
+        "depth",
+        "fit",
         "drafts",
     ): ("tokens",),
+    ("drop_unsupported",): ("tokens", "grader"),
     (
         "judge",
         "judge_base_url",

@@ -93,7 +93,10 @@ def _or_neutral(value: float | None, group: str) -> float:
 
 
 def mean_score(scores: Sequence[float]) -> float:
-    """Of a hypothesis: the mean of its segments' scores, so that length is neither favoured nor punished."""
+    """Of a hypothesis: the mean of its segments' scores. A sum would favour length.
+
+    Only the last segment has a utility, which so counts the less the more segments there are.
+    """
     return sum(scores) / len(scores) if scores else -math.inf
 
 

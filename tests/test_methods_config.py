@@ -95,6 +95,11 @@ def test_a_profile_may_choose_another_method() -> None:
         ),
         ('[reflect]\nbackend = "text"\njudge = "endpoint"\n', r"reflect\.judge = 'endpoint': .*\"grader\""),
         ('[reflect]\nbackend = "grader"\nthreshold = 0.7\n', r"reflect\.threshold = 0\.7: .*\"tokens\""),
+        ('[reflect]\nbackend = "text"\nbeam = 3\n', r"reflect\.beam = 3: .*\"tokens\""),
+        (
+            '[reflect]\nbackend = "text"\ndrop_unsupported = false\n',
+            r"reflect\.drop_unsupported = False: .*\"tokens\" or \"grader\"",
+        ),
         ('[reflect]\nbackend = "grader"\n[serve]\nvotes = 5\n', r"serve\.votes = 5: .*\"none\""),
         (
             '[reflect]\nbackend = "tokens"\ndrafts = "explained"\n[curate]\nrationale_in_target = true\n',
