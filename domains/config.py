@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from domains.errors import ConfigError
 from domains.records import Record
-from domains.routes import LEAST_LABELS, Grid, Method, complete_export, complete_train, contradictions
+from domains.routes import LEAST_LABELS, Grid, Method, complete_export, complete_train, contradictions, idle
 from domains.steps import STEPS, JudgeOptions, LabelStep, Step
 
 GgufType = Literal["F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K_M"]
@@ -413,10 +413,13 @@ class DomainConfig(Record):
         return self
 
 
-def parse_config(text: str, *, origin: str, profile: str | None = None) -> DomainConfig:
+def parse_config(
+    text: str, *, origin: str, profile: str | None = None, idle_ok: bool = False
+) -> DomainConfig:
     """A validated config; ``[profiles.<profile>]`` tables override the rest when a profile is named.
 
-    Every profile in the file is validated, not only the chosen one.
+    Every profile in the file is validated, not only the chosen one. Settings that nothing reads are refused where the
+    file itself sets them, for a profile where that profile does; ``idle_ok`` lets them stand, as in a bundle.
 
     Raises:
         ConfigError: not TOML, unknown profile, or any number of wrong keys and values (all listed).
@@ -442,12 +445,16 @@ def parse_config(text: str, *, origin: str, profile: str | None = None) -> Domai
         )
     problems: list[str] = []
     configs = {"full": _validate(data, problems)}
+    if configs["full"] is not None and not idle_ok:
+        problems += idle(configs["full"]).values()
     for name, overrides in profiles.items():
         if not isinstance(overrides, dict):
             problems.append(f"profiles.{name}: {overrides!r}, expected tables like [profiles.{name}.train]")
             continue
         nested: list[str] = []
-        configs[name] = _validate(_overlay(data, overrides), nested)
+        configs[name] = made = _validate(_overlay(data, overrides), nested)
+        if made is not None and not idle_ok:
+            nested += [said for key, said in idle(made).items() if _sets(overrides, key)]
         problems += [f"profile {name!r}: {problem}" for problem in nested if problem not in problems]
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
@@ -461,7 +468,12 @@ def parse_config(text: str, *, origin: str, profile: str | None = None) -> Domai
     return config
 
 
-def read_config(path: Path, *, profile: str | None = None) -> DomainConfig:
+def _sets(overrides: dict[str, Any], name: str) -> bool:
+    section, key = name.split(".")
+    return isinstance(overrides.get(section), dict) and key in overrides[section]
+
+
+def read_config(path: Path, *, profile: str | None = None, idle_ok: bool = False) -> DomainConfig:
     """`parse_config` of a file.
 
     Raises:
@@ -477,7 +489,7 @@ def read_config(path: Path, *, profile: str | None = None) -> DomainConfig:
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 (byte {error.start})", expected="UTF-8 text") from None
-    return parse_config(text, origin=str(path), profile=profile)
+    return parse_config(text, origin=str(path), profile=profile, idle_ok=idle_ok)
 
 
 def _overlay(data: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

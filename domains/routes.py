@@ -28,7 +28,7 @@ _BLOCKS = ("Q4_0", "Q4_1", "Q8_0")
 ON_BASE = {"qalora", "grid-lora"}  # methods that keep the codes of a base on the grid
 MOST_VERDICTS = 3  # passages of a row of SAIL's (arXiv 2305.15225 §3)
 LEAST_LABELS = 20  # of a task of the trained critic; fewer say too little
-# Keys of [reflect] that only some back-ends read; a profile that writes "none" may leave them standing.
+# Keys of [reflect] that only some back-ends read; beside "none" they may stand.
 _REFLECTING: Mapping[tuple[str, ...], tuple[str, ...]] = {
     (
         "threshold",
@@ -41,7 +41,11 @@ _REFLECTING: Mapping[tuple[str, ...], tuple[str, ...]] = {
         "depth",
         "fit",
         "drafts",
+        "no_retrieval_share",
+        "partial_share",
+        "unsupported_share",
     ): ("tokens",),
+    ("passages", "critic", "critic_sample", "max_unparsed"): ("tokens", "text"),
     ("drop_unsupported",): ("tokens", "grader"),
     (
         "judge",
@@ -116,7 +120,7 @@ def contradictions(config: DomainConfig) -> list[str]:
             f"train.dropout = {train.dropout}: the adapter of method = {train.method!r} lies inside the weight, where "
             "no input can be dropped; write dropout = 0"
         )
-    return found + _unserved(config) + _idle(config)
+    return found + _unserved(config)
 
 
 def _unserved(config: DomainConfig) -> list[str]:
@@ -145,13 +149,13 @@ def _unserved(config: DomainConfig) -> list[str]:
     return found
 
 
-def _idle(config: DomainConfig) -> list[str]:
-    """Settings that would do nothing beside another one."""
+def idle(config: DomainConfig) -> dict[str, str]:
+    """Settings that would do nothing beside another one, by their names; each with what to write instead."""
     train, curate, reflect = config.train, config.curate, config.reflect
-    found = []
+    found = {}
     for key in ("kl_weight", "kl_temperature", "kl_teacher"):
         if train.objective == "ce" and getattr(train, key) != type(train).model_fields[key].default:
-            found.append(
+            found[f"train.{key}"] = (
                 f"train.{key} = {getattr(train, key)!r}: objective = 'ce' has no divergence; leave {key} out, or write "
                 'objective = "ce+kl"'
             )
@@ -160,7 +164,7 @@ def _idle(config: DomainConfig) -> list[str]:
             reflect.backend in {"tokens", "text"}
             and getattr(curate, key) != type(curate).model_fields[key].default
         ):
-            found.append(
+            found[f"curate.{key}"] = (
                 f"curate.{key} = {getattr(curate, key)!r}: [reflect] backend = {reflect.backend!r} draws the passages of "
                 f'its rows itself; leave {key} out, or write backend = "none" or "grader"'
             )
@@ -169,12 +173,12 @@ def _idle(config: DomainConfig) -> list[str]:
             value = getattr(reflect, key)
             if reflect.backend not in {"none", *users} and value != type(reflect).model_fields[key].default:
                 names = " or ".join(f'"{name}"' for name in users)
-                found.append(
+                found[f"reflect.{key}"] = (
                     f"reflect.{key} = {value!r}: backend = {reflect.backend!r} does not read it; leave {key} out, or write "
                     f"backend = {names}"
                 )
     if reflect.backend != "none" and config.serve.votes > 1:
-        found.append(
+        found["serve.votes"] = (
             f"serve.votes = {config.serve.votes}: [reflect] backend = {reflect.backend!r} writes one reply; leave votes out, or "
             'write backend = "none"'
         )

@@ -119,6 +119,7 @@ def _make_served(
         "reasons": list(choice.reasons),
         "rotation": choice.rotation,
         "caveat": held_out.caveat,
+        "asked": held_out.asked,
         "candidates": [each.row() for each in found],
     }
     return choice.winner.candidate.kind, choice.winner.path, facts
@@ -133,11 +134,12 @@ def _held_out(domain: Domain, run: Run, examples: Sequence[Example]) -> HeldOut:
     seen = {example.question_id for example in examples}
     with open_retriever(need(run.index, stage="index"), config.retrieve, config.rerank) as retriever:
         passages = list(retriever.index.passages)
-        items = draw_items(
-            seed_questions(questions), seen, retriever, count=_ASKED,
-            top_k=retrieval_depth(config.reflect, config.retrieve.top_k), seed=0,
-        )  # fmt: skip
-    items = [item for item in items if item.part != "gold_removed" and item.question.id not in seen]
+        fresh = [question for question in seed_questions(questions) if question.id not in seen]
+        depth = retrieval_depth(config.reflect, config.retrieve.top_k)
+        drawn = draw_items(fresh, seen, retriever, count=_ASKED, top_k=depth, seed=0)
+    items = [item for item in drawn if item.part == "answerable"]
+    # No more of them than of the others: a file that never answers would win.
+    items += [item for item in drawn if item.part == "unanswerable"][: len(items)]
 
     def score(gguf: Path) -> list[float]:
         with ExitStack() as stack:
@@ -154,9 +156,14 @@ def _held_out(domain: Domain, run: Run, examples: Sequence[Example]) -> HeldOut:
         return scores([item.question for item in items], answers, abstain=config.domain.abstain)
 
     unseen, caveat = unseen_passages(passages, questions, examples)
+    if not items:
+        caveat = "; ".join(
+            filter(None, [caveat, "no exam: training has seen every seed question that has an answer"])
+        )
     return HeldOut(
         passages=unseen,
         caveat=caveat,
+        asked=len(items),
         score=score if items else None,
         max_kl=config.parity.max_kl,
         min_top1=config.parity.min_top1,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -185,7 +185,7 @@ class RowBuilder:
         share = min(irrelevant_share, abstention_share)
         wanted = max(round(share / (1 - share) * len(kept)) - missed, 0)
         extra = min(wanted, max(room // 2, room - len(unanswerable)))
-        more = self._irrelevant(kept, extra)
+        more = self._irrelevant(kept, extra, {(row.question_id, *row.passages) for row in rows})
         counts["irrelevant_left_out"] = wanted - len(more)
         chosen = self._ordered(unanswerable, lambda question: question.id)[: room - len(more)]
         counts["unanswerable_left_out"] = len(unanswerable) - len(chosen)
@@ -208,7 +208,7 @@ class RowBuilder:
         missed = 0
         for item in ordered[: round(share * len(kept))]:
             passages = self._retrieved(item.question)
-            if _answers(item, passages) or _quoteless(item):
+            if _answers(item, passages) or (_quoteless(item) and may_answer(item.question, passages)):
                 row = self._answer(item, passages, "retrieved")
                 if row.id in rows:  # another rationale of the question gave the same one
                     counts["retrieved_repeated"] += 1
@@ -231,7 +231,7 @@ class RowBuilder:
         return [made.get(id(item)) or self._taught(item, counts) for item in kept], missed
 
     def _taught(self, item: Kept, counts: Counter[str]) -> Example:
-        """A row that answers: KARD's passages where they carry a quote, else those that the teacher saw."""
+        """A row that answers: KARD's passages where they carry a quote or nothing can, else those that the teacher saw."""
         if self.by_rationale is not None:
             passages = self.by_rationale(rationale_query(item.question, item.rationale), self.top_k)
             if (
@@ -247,8 +247,11 @@ class RowBuilder:
         """The id of the row that a rationale makes where it is not drawn to show the question's own retrieval."""
         return self._taught(item, Counter()).id
 
-    def _irrelevant(self, kept: Sequence[Kept], wanted: int) -> list[Example]:
-        """Up to ``wanted`` rows of answerable questions with the nearest passages that do not answer."""
+    def _irrelevant(self, kept: Sequence[Kept], wanted: int, answered: Set[tuple[str, ...]]) -> list[Example]:
+        """Up to ``wanted`` rows of answerable questions with the nearest passages that do not answer.
+
+        ``answered`` are questions with the passages of a row that answers them: one prompt has one completion.
+        """
         rows: list[Example] = []
         seen: set[str] = set()
         for item in self._ordered(kept, lambda item: f"irrelevant\0{item.question.id}"):
@@ -258,7 +261,8 @@ class RowBuilder:
             if question.id in seen:
                 continue
             seen.add(question.id)
-            if others := distractors(question, self.retrieve, top_k=self.top_k):
+            others = distractors(question, self.retrieve, top_k=self.top_k)
+            if others and (question.id, *(passage.passage_id for passage in others)) not in answered:
                 request = item.rationale.request
                 rows.append(self._abstention(question, others, "irrelevant", request=request))
         return rows
@@ -270,7 +274,9 @@ class RowBuilder:
         completion = target(
             item.question, item.rationale, passages, rationale_in_target=self.rationale_in_target
         )
-        assert completion is not None  # checked before the rationale was kept, or its gold quote was found
+        assert (
+            completion is not None
+        )  # checked before the rationale was kept, or a quote was found, or none is needed
         return self._row(item.question, passages, completion, origin, item.rationale.request)
 
     def _abstention(

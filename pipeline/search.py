@@ -72,12 +72,13 @@ class Work:
 class HeldOut:
     """What files are measured on, and the bounds that they must keep.
 
-    ``score`` gives a file's scores per development question; None where there are no questions. ``caveat`` says what of
-    the passages training rows show; empty where none does.
+    ``score`` gives a file's scores per development question, of which there are ``asked``; None where there are none.
+    ``caveat`` says what of the passages training rows show, and where there are no questions; empty where all is well.
     """
 
     passages: Sequence[Passage]
     caveat: str
+    asked: int
     score: Callable[[Path], Sequence[float]] | None
     max_kl: float
     min_top1: float

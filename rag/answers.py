@@ -24,15 +24,17 @@ _ABSTENTIONS = re.compile(
     re.IGNORECASE,
 )
 ABSTENTION_CHARS = 200  # an abstention says so in its first characters; later hedging is part of an answer
-# In front of a word only a capital is a letter: "the answer is a biopsy" names none.
+# In front of a word a small "a" is no letter: "the answer is a biopsy" names none.
 _LETTER = re.compile(
-    r"^\W*(?:(?i:option|the (?:correct |right |best )?(?:answer|option) is:?)\s+\(?([A-H]\b(?![-'’]\w)|[a-h](?=\s*(?:$|[.):,\n])))"
-    r"|\(?([A-Ha-h])(?=\s*(?:$|[.):,\n])))"
+    r"^[\W_]*(?:(?i:option:?|the (?:correct |right |best )?(?:answer|option) is:?)[\s*_]+\(?"
+    r"([AB-Hb-h]\b(?![-'’]\w)|a(?=[*_]*\s*(?:$|[.):,\n])))|\(?([A-Ha-h])(?=[*_]*\s*(?:$|[.):,\n])))"
 )
 # "A, B" and "A or B" choose nothing.
 _SECOND = re.compile(
-    r"\s*\)?\s*(?:[,/&;]\s*(?:and|or)?|and|or)\s*\(?[A-H]\s*(?:$|[.):,;/&\n]|and\b|or\b)", re.IGNORECASE
+    r"[\s*_)]*(?:[,/&;]\s*(?:(?:and|or)\b)?[\s*_(]*([A-H])[*_]*\s*(?:$|[):,;/&\n]|\.(?!\s*[a-z])|(?:and|or)\b)"
+    r"|(?:and|or)[\s*_(]+([A-H])\b(?![-'’]\w|\.\s*[a-z]))",
 )
+_SECOND_SMALL = re.compile(_SECOND.pattern.replace("A-H", "a-h"))
 _YES_NO = re.compile(r"^\W*(yes|no|maybe)\b", re.IGNORECASE)
 
 
@@ -102,7 +104,7 @@ def parse_option(answer: str, options: dict[str, str]) -> str | None:
     texts = {key: _plain(text) for key, text in options.items()}
     if (match := _LETTER.match(answer)) and not _is_text(answer, match, texts):
         letter = (match[1] or match[2]).upper()
-        return letter if letter in options and not _SECOND.match(answer, match.end()) else None
+        return letter if letter in options and not _lists(answer, match, texts) else None
     # Of texts that begin at the same place the first in the pattern is taken: the longest.
     known = sorted((re.escape(text) for text in texts.values() if text), key=len, reverse=True)
     pattern = rf"(?<!\w)(?<!\d[.,])(?:{'|'.join(known)})(?!\w|[.,]\d)"
@@ -124,17 +126,36 @@ def _plain(text: str) -> str:
 
 
 def _behind(answer: str, match: re.Match[str]) -> str:
-    return answer[match.end() :].lstrip(" .):,\n")
+    return answer[match.end() :].lstrip(" .):,*_\n")
+
+
+def _says_own(answer: str, match: re.Match[str], texts: dict[str, str]) -> bool:
+    """Whether the letter's own text stands behind it."""
+    own = texts.get((match[1] or match[2]).upper())
+    return bool(own) and _begins(squash(_behind(answer, match)).casefold(), own or "")
+
+
+def _begins(said: str, text: str) -> bool:
+    return re.match(rf"{re.escape(text)}(?!\w)", said) is not None
+
+
+def _lists(answer: str, match: re.Match[str], texts: dict[str, str]) -> bool:
+    """Whether a second letter stands beside the first ("A, B"), which its own text ("B, A" of a group A) does not count as."""
+    capital = (match[1] or match[2]).isupper()
+    second = (_SECOND if capital else _SECOND_SMALL).match(answer, match.end())
+    return (
+        second is not None
+        and (second[1] or second[2]).upper() in texts
+        and not _says_own(answer, match, texts)
+    )
 
 
 def _is_text(answer: str, match: re.Match[str], texts: dict[str, str]) -> bool:
     """Whether what looks like a letter begins an option's text, with none of its own behind it."""
-    letter = match.start(1) if match[1] else match.start(2)
-    said, rest = squash(answer[letter:]).casefold(), squash(_behind(answer, match)).casefold()
-    own = texts.get(answer[letter].upper())
-    if own and rest.startswith(own):
-        return False
-    return any(len(text) > 1 and re.match(rf"{re.escape(text)}(?!\w)", said) for text in texts.values())
+    said = squash(answer[match.start(1) if match[1] else match.start(2) :]).casefold()
+    return not _says_own(answer, match, texts) and any(
+        len(text) > 1 and _begins(said, text) for text in texts.values()
+    )
 
 
 def parse_yes_no(answer: str) -> str | None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 NOTHING_FOUND = "No passages were found."
 _INFORMATIVE, _DISTRACTING = "informative", "distracting"
 _ALL = re.compile(
-    r"(?:(The passage is)|(Both passages are)|All(?: (\d{1,2}))? passages are) (informative|distracting)\.?",
+    r"(?:(The passage is)|(Both passages are)|(?:All(?: (\d{1,2}))?|The) passages are) (informative|distracting)\.?",
     re.IGNORECASE,
 )
 _GROUP = re.compile(

@@ -139,7 +139,7 @@ def open_bundle(
         )
     _check_files(folder, manifest)
     _check_student(folder / STUDENT, manifest)
-    config = read_config(folder / "domain.toml")
+    config = read_config(folder / "domain.toml", idle_ok=True)
     system = _read_prompt(folder / "prompts" / "system.md", manifest.domain)
     return _open(
         config, folder, gguf=folder / STUDENT, index_folder=folder / "index", system=system,

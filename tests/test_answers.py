@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rag.answers import format_reply, is_abstention, parse_option, parse_reply, parse_yes_no
+from rag.answers import format_reply, is_abstention, parse_option, parse_reply, parse_yes_no, without_letter
 
 ABSTAIN = "I don't know: the documents do not say."
 plain = (
@@ -73,6 +73,10 @@ def test_option_letters(answer: str, letter: str | None) -> None:
         ({"A": "E. coli", "B": "H. pylori"}, "H. pylori", "B"),
         ({"A": "B. pertussis", "B": "pertussis"}, "B. pertussis", "B"),
         ({"A": "O", "B": "A", "C": "B", "D": "AB"}, "B. A", "B"),
+        ({"A": "O", "B": "A", "C": "B", "D": "AB"}, "B, A", "B"),
+        ({"A": "E. coli", "B": "H. pylori"}, "A, E. coli", "A"),
+        ({"A": "E. coli", "B": "H. pylori"}, "The answer is B, H. pylori.", "B"),
+        ({"A": "one", "B": "two", "C": "three", "D": "A and B"}, "D, A and B", "D"),
         ({"A": " .", "B": "C++ (a language)"}, "It is c++ (a language).", "B"),
         ({"A": "."}, "Nothing.", None),
     ],
@@ -90,12 +94,22 @@ def test_an_options_text_is_repeated_in_whole_words(
         ("The answer is A blood test", "B"), ("The answer is D: a sentence follows", "D"), ("The best answer is D", "D"),
         ("the answer is b.", "B"), ("option c", "C"), ("Option C says so", "C"), ("The answer is B-cells", None),
         ("A, B, C, D", None), ("A, B", None), ("A or B", None), ("(A) and (B)", None), ("The answer is A or B.", None),
-        ("a/b", None), ("A: An X-ray", "A"), ("A, a blood test is wrong", "A"), ("A. B is wrong", "A"),
+        ("a/b", None), ("A: An X-ray", "A"), ("**C**", "C"), ("The answer is **C**.", "C"), ("**Option B**", "B"), ("Option: d", "D"),
+        ("the answer is b because it shows it", "B"), ("option c is right", "C"), ("B, e.g. after NSAIDs", "B"),
+        ("A, b.i.d. dosing", "A"), ("The answer is A; B. cereus is wrong", "A"), ("A and B. Both hold", None),
+        ("The answer is A or B. Both hold", None), ("A, H. pylori", "A"), ("A, a blood test is wrong", "A"), ("A. B is wrong", "A"),
     ],
 )  # fmt: skip
 def test_an_article_is_no_letter_and_an_enumeration_no_choice(answer: str, letter: str | None) -> None:
     options = {"A": "An X-ray", "B": "A blood test", "C": "A biopsy", "D": "No test"}
     assert parse_option(answer, options) == letter
+
+
+def test_a_letter_is_taken_off_and_a_text_is_not() -> None:
+    options = {"A": "C. difficile", "B": "A blood test"}
+    assert without_letter("**B.** A blood test", options) == "A blood test"
+    assert without_letter("A, C. difficile", options) == "C. difficile"
+    assert without_letter("C. difficile", options) == "C. difficile"
 
 
 @pytest.mark.parametrize(

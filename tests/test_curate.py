@@ -413,7 +413,7 @@ def test_a_closed_question_that_nothing_can_be_quoted_for_takes_the_passages_as_
         for item in all_kept()
         if item.question.kind == "options"
     ]
-    maker = builder(misses, by_rationale=lambda query, top_k: finds_words("elm birch", top_k))
+    maker = builder(finds_home, by_rationale=lambda query, top_k: misses("", top_k))
     for share, origin in ((0.0, "rationale"), (1.0, "retrieved")):
         rows, counts = maker.build(
             kept, [], retrieved_share=share, irrelevant_share=0.0, abstention_share=ABSTENTIONS
@@ -422,6 +422,14 @@ def test_a_closed_question_that_nothing_can_be_quoted_for_takes_the_passages_as_
         assert not counts["rationale_missed"]
         assert not counts["retrieved_unclear"]
         assert all(row.completion.startswith("Answer: B") for row in rows)
+    # Where its own retrieval misses, it teaches no answer from it; and no prompt is answered and refused.
+    for maker in (builder(misses), builder(misses, by_rationale=misses)):
+        rows, counts = maker.build(
+            kept, [], retrieved_share=1.0, irrelevant_share=ABSTENTIONS, abstention_share=ABSTENTIONS
+        )
+        assert counts["retrieved_unclear"] == len(kept)
+        prompts = [tuple(message.content for message in row.messages) for row in rows]
+        assert len(set(prompts)) == len(prompts)
 
 
 @pytest.mark.parametrize("in_target", [True, False])

@@ -132,6 +132,10 @@ def test_what_is_used_is_no_contradiction() -> None:
     for backend in ("text", "grader"):
         text = f'[reflect]\nbackend = "{backend}"\ndistracting = "answer"\n'
         assert config(text).reflect.distracting == "answer"
+    sail = '[reflect]\nbackend = "tokens"\nform = "long"\nbeam = 4\n[profiles.a.reflect]\nbackend = "text"\n'
+    assert config(sail, profile="a").reflect.beam == 4  # what a profile inherits may stand idle,
+    with pytest.raises(ConfigError, match=r"profile 'a': reflect\.beam = 3"):  # what it sets may not
+        config(sail + "beam = 3\n")
     off = '[reflect]\nbackend = "tokens"\nform = "long"\n[profiles.a.reflect]\nbackend = "none"\n'
     assert config(off).reflect.form == "long"  # and the profile may switch it off
     assert config('[reflect]\nbackend = "tokens"\ndrafts = "explained"\n').reflect.drafts == "explained"

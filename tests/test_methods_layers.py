@@ -111,7 +111,6 @@ def test_the_layer_multiplies_with_what_its_blocks_decode_to(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_training_did_not_multiply_with_is_not_kept(name: str) -> None:
-    """`Method.save` compares the layers' own numbers with the bytes that will be served."""
     layer = layer_of(CASES[name][0](), torch.bfloat16)
     packed = pack_blocks({"w.weight": layer.blocks()})
     check_trained(packed, lambda _: layer.weight)

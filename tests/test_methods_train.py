@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from domains.errors import ModelError
+from domains.errors import ModelError, ParityError
 from domains.jsonl import write_jsonl
 from domains.records import Example
 from pipeline import train
@@ -83,6 +83,31 @@ def test_every_method_learns(trained: tuple[str, str, Run, Report]) -> None:
     assert report.facts["loss_last"] < report.facts["loss_first"]
     assert report.counts["trained"] == 20
     assert (run.training / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("where", ["a block layer", "the embedding"])
+@pytest.mark.parametrize(("method", "grid"), METHODS, ids=NAMES)
+def test_nothing_is_kept_that_training_did_not_multiply_with(
+    tiny: Path, tmp_path: Path, method: str, grid: str, where: str
+) -> None:
+    base = load_base(str(tiny), dtype=torch.float32)
+    how = method_of(method, grid)
+    adapted = how.prepare(base, Adapter(rank=4, alpha=8.0, dropout=0.0, seed=0, dtype=torch.bfloat16), str)
+    for folder in ("whole", "spoilt"):
+        (tmp_path / folder).mkdir()
+    how.save(adapted, tmp_path / "whole", base_name="tiny")
+    network = adapted.get_base_model()
+    if where == "the embedding":
+        network.get_input_embeddings().weight.data.mul_(1.01)
+    elif method == "grid-lora":
+        network.model.layers[0].mlp.up_proj.base_layer.weight.data.mul_(1.01)
+    else:
+        layer = network.model.layers[0].mlp.up_proj
+        layer.a.data.fill_(1.0)  # behind the back of the numbers that the forward pass keeps
+        layer.b.data.fill_(1.0)
+    with pytest.raises(ParityError, match="training multiplied with other numbers"):
+        how.save(adapted, tmp_path / "spoilt", base_name="tiny")
+    assert not [*(tmp_path / "spoilt").glob("*")]
 
 
 def test_the_trained_network_comes_back_from_its_blocks(

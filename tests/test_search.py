@@ -57,4 +57,4 @@ def test_a_disk_that_cannot_hold_all_candidates_is_said_before_any_is_made(
     network.get_output_embeddings = lambda: network  # type: ignore[assignment]
     work = Work(network, nothing, nothing, tmp_path, (), 512, nothing)
     with pytest.raises(DataError, match="5 MB free"):
-        search(work, HeldOut((), "", None, 1.0, 0.0), Silent())
+        search(work, HeldOut((), "", 0, None, 1.0, 0.0), Silent())

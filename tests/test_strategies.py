@@ -480,6 +480,12 @@ def test_what_gives_the_answer_away() -> None:
     assert leak("The answer is A.", first, "Answer: B") == "answer is a"
     assert leak("the answer is a.", first, "Answer: B") == "answer is a"
     assert leak("Answer A is right.", first, "Answer: B") == "answer a"
+    assert leak("The answer is **a**.", first, "Answer: B") == "answer is a"
+    assert leak("Rewrite the answer. A clear sentence helps.", first, "Answer: B") == ""
+    for said in ("is **B**.", 'is "B"', "is [B]", ": **B**", "is b because"):
+        assert leak(f"The correct answer {said}", closed, "Answer: A"), said
+    for said in ("**B**", "'B'", ":B", "b is right"):
+        assert leak(f"It should be option {said}", closed, "Answer: A"), said
 
 
 # -- rate ----------------------------------------------------------------------------------------------

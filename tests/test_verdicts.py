@@ -56,6 +56,10 @@ def test_what_is_no_verdict_about_these_passages_stays(text: str, passages: int)
     assert split_verdict(text, passages) == (None, text)
 
 
+def test_a_verdict_that_names_no_number_is_about_all() -> None:
+    assert split_verdict("The passages are informative.\nAnswer: x", 3) == ([True] * 3, "Answer: x")
+
+
 def test_the_reply_after_a_verdict_is_an_ordinary_one() -> None:
     text = f"{format_verdict([False, True])}\n{REPLY}"
     reply = parse_reply(split_verdict(text, 2)[1])

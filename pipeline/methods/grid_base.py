@@ -158,7 +158,7 @@ def check_trained(packed: Mapping[str, Packed], weight_of: Callable[[str], torch
             raise ParityError(
                 f"{name}: training multiplied with other numbers than its blocks decode to",
                 expected="equal bits: the blocks are what is served",
-                next_step="nothing was kept; report it, and train by another [train] method",
+                next_step="nothing new was kept; report it, and train by another [train] method",
             )
 
 

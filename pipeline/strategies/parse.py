@@ -18,15 +18,19 @@ from typing import Any
 
 # A space must follow: "rise by 3.5 percent" and "since 2008.Wages" are no items.
 _ITEM = re.compile(r"^[ \t]{0,3}(\d{1,3})[.)][ \t]+", re.MULTILINE)
-_NUMBER = r"[-+]?\d+(?:\.\d+)?"
+_NUMBER = r"[-+]?\d++(?:\.\d++)?+"
+# "of 5" ends the score or names points: "3 of 4 facts hold" is no scale.
+_SCALE = r"(?:[ \t*(]*(?:/|out[ \t]of)[ \t]*(\d+)|[ \t*(]+of[ \t]+(\d+)(?=[ \t]*(?:$|[.,;:)*]|points?\b)))?+"
+# A range is no score; a dash may begin the reason ("4 - 2 facts are missing").
+_RANGE = r"[ \t*]*(?:[-–—]|\bto\b)[ \t*]*\d+(?:\.\d+)?[ \t*.]*$"
 _SCORE = re.compile(
-    rf"^[ \t*#]*(?:score|rating)\b[ \t*]*[:=][ \t*]*({_NUMBER})(?:[ \t]*(?:/|(?:out )?of)[ \t]*(\d+))?(?![\d/%]|[ \t]*[-–][ \t]*\d)[^\n]*$",
+    rf"^[ \t*#]*(?:score|rating)\b[ \t*]*[:=][ \t*]*({_NUMBER}){_SCALE}(?![\d/%]|{_RANGE})[^\n]*$",
     re.IGNORECASE | re.MULTILINE,
 )
 # What begins JSON, not a citation like [1] or a placeholder.
 _OBJECT = re.compile(r'\{\s*["}]')
 _OPENING = re.compile(r'\{\s*["}]|\[\s*[\[{"\]]')
-_BARE = re.compile(rf"^[ \t*]*({_NUMBER})(?:[ \t]*(?:/|(?:out )?of)[ \t]*(\d+))?[ \t*.]*$")
+_BARE = re.compile(rf"^[ \t*]*({_NUMBER}){_SCALE}[ \t*.)]*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,7 @@ def score(text: str, *, low: float, high: float) -> float | Unparsed:
     if match is None:
         return Unparsed("no_score", text[:80])
     value = float(match[1])
-    if match[2] is not None and float(match[2]) != high:
+    if (scale := match[2] or match[3]) is not None and float(scale) != high:
         return Unparsed("other_scale", match[0])
     if not low <= value <= high:
         return Unparsed("out_of_range", match[0])
