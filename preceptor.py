@@ -619,6 +619,9 @@ def _print_search(found: dict[str, Any]) -> None:
     console.print(table)
     for reason in found["reasons"]:
         console.print(f"  {escape(reason)}", highlight=False, soft_wrap=True)
+    if found.get("asked"):
+        said = f"  exam: {found['asked']} seed questions that training has not seen"
+        console.print(said, highlight=False, markup=False)
     for more in ("rotation", "caveat"):
         if found.get(more):
             console.print(f"  {escape(found[more])}", highlight=False, soft_wrap=True)

@@ -100,13 +100,15 @@ class ElicitSection(Record):
 class CurateSection(Record):
     """What is kept for training.
 
-    ``retrieved_share`` of the rows that come from rationales take their passages from the question's own retrieval instead
-    of the teacher's, as far as these answer for certain or certainly don't (the report counts the others);
+    ``retrieved_share`` of the rows that come from rationales take their passages from the question's own retrieval
+    instead, as far as these answer for certain or, where there are gold quotes, certainly don't, or may answer a closed question
+    that nothing can be quoted for (the report counts the others);
     ``irrelevant_share`` of all rows show passages that do not answer, with the abstention as target (closing the gap
     between training and serving); ``abstention_share`` is the most that abstentions of all kinds may be of all rows.
     ``evidence`` says which passages the other rows show: ``gold`` those that the teacher saw, ``rationale``
     those that BM25 finds with the rationale (KARD, arXiv 2305.18395). The ``tokens`` and ``text`` back-ends of
-    ``[reflect]`` draw passages of their own: there neither ``evidence`` nor ``retrieved_share`` may be set.
+    ``[reflect]`` draw passages of their own: there neither ``evidence`` nor ``retrieved_share`` may be set (what a profile
+    inherits has no effect).
     ``keep_per_question``: more than one is kept only where they make different rows: with ``rationale_in_target``, with
     ``[reflect] drafts`` = ``explained``, with ``evidence`` = ``rationale`` where they find other passages, or where a question
     has no gold quote and they quote other words. ``verifier`` says who decides whether a

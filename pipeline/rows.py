@@ -185,7 +185,7 @@ class RowBuilder:
         share = min(irrelevant_share, abstention_share)
         wanted = max(round(share / (1 - share) * len(kept)) - missed, 0)
         extra = min(wanted, max(room // 2, room - len(unanswerable)))
-        more = self._irrelevant(kept, extra, {(row.question_id, *row.passages) for row in rows})
+        more = self._irrelevant(kept, extra, set(map(_shown, rows)))
         counts["irrelevant_left_out"] = wanted - len(more)
         chosen = self._ordered(unanswerable, lambda question: question.id)[: room - len(more)]
         counts["unanswerable_left_out"] = len(unanswerable) - len(chosen)
@@ -228,12 +228,21 @@ class RowBuilder:
                 missed += 1
                 made[id(item)] = row
         counts["retrieved_missed"] = missed
-        return [made.get(id(item)) or self._taught(item, counts) for item in kept], missed
+        refused = {_shown(row) for row in made.values() if row.origin == "irrelevant"}
+        return [made.get(id(item)) or self._taught(item, counts, refused) for item in kept], missed
 
-    def _taught(self, item: Kept, counts: Counter[str]) -> Example:
-        """A row that answers: KARD's passages where they carry a quote or nothing can, else those that the teacher saw."""
+    def _taught(
+        self, item: Kept, counts: Counter[str], refused: Set[tuple[str, ...]] = frozenset()
+    ) -> Example:
+        """A row that answers: KARD's passages where they carry a quote or nothing can, else those that the teacher saw.
+
+        ``refused`` are questions with the passages of a row that abstains: one prompt has one completion.
+        """
         if self.by_rationale is not None:
             passages = self.by_rationale(rationale_query(item.question, item.rationale), self.top_k)
+            if (item.question.id, *(passage.passage_id for passage in passages)) in refused:
+                counts["rationale_missed"] += 1
+                return self._answer(item, item.passages, "gold")
             if (
                 gold_quotes(item.question, passages)
                 or own_quotes(item.rationale, passages)
@@ -250,7 +259,7 @@ class RowBuilder:
     def _irrelevant(self, kept: Sequence[Kept], wanted: int, answered: Set[tuple[str, ...]]) -> list[Example]:
         """Up to ``wanted`` rows of answerable questions with the nearest passages that do not answer.
 
-        ``answered`` are questions with the passages of a row that answers them: one prompt has one completion.
+        ``answered`` are questions with the passages of a row that is there already: one prompt has one completion.
         """
         rows: list[Example] = []
         seen: set[str] = set()
@@ -308,6 +317,10 @@ def _answers(item: Kept, passages: Sequence[Passage]) -> bool:
     if item.question.gold:
         return bool(gold_quotes(item.question, passages))
     return bool(own_quotes(item.rationale, passages))
+
+
+def _shown(row: Example) -> tuple[str, ...]:
+    return (row.question_id, *row.passages)
 
 
 def _quoteless(item: Kept) -> bool:

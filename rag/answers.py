@@ -31,10 +31,10 @@ _LETTER = re.compile(
 )
 # "A, B" and "A or B" choose nothing.
 _SECOND = re.compile(
-    r"[\s*_)]*(?:[,/&;]\s*(?:(?:and|or)\b)?[\s*_(]*([A-H])[*_]*\s*(?:$|[):,;/&\n]|\.(?!\s*[a-z])|(?:and|or)\b)"
-    r"|(?:and|or)[\s*_(]+([A-H])\b(?![-'’]\w|\.\s*[a-z]))",
+    r"[\s*_)]*(?:[,/&;]\s*(?:(?:and|or)\b)?[\s*_(]*([A-Ha-h])[*_]*\s*"
+    r"(?:$|[):,;&\n]|/\s*[A-Ha-h]\b|\.(?!\s*[a-z])|(?:and|or)\b)"
+    r"|(?:and|or)[\s*_(]+([A-Hb-h]\b(?![-'’]\w|\.\s*[a-z]|\s+(?:is|was)\b)|a(?=[*_]*\s*(?:$|[.):,;/&\n]))))"
 )
-_SECOND_SMALL = re.compile(_SECOND.pattern.replace("A-H", "a-h"))
 _YES_NO = re.compile(r"^\W*(yes|no|maybe)\b", re.IGNORECASE)
 
 
@@ -141,13 +141,10 @@ def _begins(said: str, text: str) -> bool:
 
 def _lists(answer: str, match: re.Match[str], texts: dict[str, str]) -> bool:
     """Whether a second letter stands beside the first ("A, B"), which its own text ("B, A" of a group A) does not count as."""
-    capital = (match[1] or match[2]).isupper()
-    second = (_SECOND if capital else _SECOND_SMALL).match(answer, match.end())
-    return (
-        second is not None
-        and (second[1] or second[2]).upper() in texts
-        and not _says_own(answer, match, texts)
-    )
+    second = _SECOND.match(answer, match.end())
+    if second is None or _says_own(answer, match, texts):
+        return False
+    return (second[1] or second[2]).upper() in texts.keys() - {(match[1] or match[2]).upper()}
 
 
 def _is_text(answer: str, match: re.Match[str], texts: dict[str, str]) -> bool:

@@ -97,7 +97,9 @@ def test_an_options_text_is_repeated_in_whole_words(
         ("a/b", None), ("A: An X-ray", "A"), ("**C**", "C"), ("The answer is **C**.", "C"), ("**Option B**", "B"), ("Option: d", "D"),
         ("the answer is b because it shows it", "B"), ("option c is right", "C"), ("B, e.g. after NSAIDs", "B"),
         ("A, b.i.d. dosing", "A"), ("The answer is A; B. cereus is wrong", "A"), ("A and B. Both hold", None),
-        ("The answer is A or B. Both hold", None), ("A, H. pylori", "A"), ("A, a blood test is wrong", "A"), ("A. B is wrong", "A"),
+        ("The answer is A or B. Both hold", None), ("A, H. pylori", "A"),
+        ("The answer is B and C is wrong", "B"), ("the answer is b and a blood test confirms it", "B"), ("a, B", None),
+        ("A, b", None), ("the answer is C, d", None), ("B, B", "B"), ("C, d/t shellfish", "C"), ("A, a blood test is wrong", "A"), ("A. B is wrong", "A"),
     ],
 )  # fmt: skip
 def test_an_article_is_no_letter_and_an_enumeration_no_choice(answer: str, letter: str | None) -> None:

@@ -432,6 +432,22 @@ def test_a_closed_question_that_nothing_can_be_quoted_for_takes_the_passages_as_
         assert len(set(prompts)) == len(prompts)
 
 
+def test_what_one_rationale_is_refused_from_another_does_not_answer_from():
+    asked = next(question for question in seeds() if question.kind == "options")
+    shown = misses(asked.question, 2)
+    home = [passage for passage in passages() if passage.doc_id == asked.about]
+    texts = [f'"{shown[0].text}" [1]\nSo {words} pay.\nAnswer: B' for words in ("they", "all of them")]
+    kept = [
+        Kept(asked, rationale(asked, sample=n).model_copy(update={"text": text}), home)
+        for n, text in enumerate(texts)
+    ]
+    maker = builder(misses, by_rationale=lambda query, top_k: misses(asked.question, top_k))
+    rows, counts = maker.build(kept, [], retrieved_share=0.5, irrelevant_share=0.0, abstention_share=0.5)
+    assert counts["retrieved_missed"] == counts["rationale_missed"] == 1
+    assert sorted(row.origin for row in rows) == ["gold", "irrelevant"]
+    assert rows[0].messages != rows[1].messages
+
+
 @pytest.mark.parametrize("in_target", [True, False])
 def test_the_share_is_of_all_rationales_where_their_rows_differ(in_target):
     rationales = [rationale(asked, sample=n, words=f"number {n} " * n) for asked in seeds() for n in (0, 1)]

@@ -482,6 +482,9 @@ def test_what_gives_the_answer_away() -> None:
     assert leak("Answer A is right.", first, "Answer: B") == "answer a"
     assert leak("The answer is **a**.", first, "Answer: B") == "answer is a"
     assert leak("Rewrite the answer. A clear sentence helps.", first, "Answer: B") == ""
+    assert leak("Say for each option a reason.", first, "Answer: B") == ""
+    assert leak("the answer is b-lactams", closed, "Answer: A") == ""
+    assert leak("The correct answer is:\n**B**", closed, "Answer: A") == "answer is b"
     for said in ("is **B**.", 'is "B"', "is [B]", ": **B**", "is b because"):
         assert leak(f"The correct answer {said}", closed, "Answer: A"), said
     for said in ("**B**", "'B'", ":B", "b is right"):

@@ -152,11 +152,14 @@ def leak(feedback: str, row: Row, answer: str) -> str:
             return piece.strip()
     if question.kind == "options":
         letter = question.answer or ""
-        # In front of a word a small "a" behind "answer" is no letter: "the answer is a bit long" names none.
-        small = f"{letter.lower()}\\b" if letter != "A" else r"a(?=[*_\"'’”\])]*\s*(?:$|[.,:;!?\n]))"
-        apart = r"(?:[^\w.!?\n]|_)+"
+        # In front of a word a small "a" is no letter: "the answer is a bit long" names none.
+        small = (
+            rf"{letter.lower()}\b(?![-'’]\w|\.\w)"
+            if letter != "A"
+            else r"a(?=[*_\"'’”\])]*\s*(?:$|[.,:;!?\n]))"
+        )
         named = re.compile(
-            rf"(?i:\boption){apart}(?i:{letter})\b(?![-'’]\w)|(?i:\banswer(?: is)?){apart}(?:{letter}\b(?![-'’]\w)|{small})"
+            rf"(?i:\b(?:option|answer(?: is)?))(?:[^\w.!?]|_)+(?:{letter}\b(?![-'’]\w|\.\w)|{small})"
         )
         if (found := named.search(feedback)) and not named.search(answer):
             return " ".join(words(found[0]))

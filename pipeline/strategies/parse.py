@@ -20,17 +20,17 @@ from typing import Any
 _ITEM = re.compile(r"^[ \t]{0,3}(\d{1,3})[.)][ \t]+", re.MULTILINE)
 _NUMBER = r"[-+]?\d++(?:\.\d++)?+"
 # "of 5" ends the score or names points: "3 of 4 facts hold" is no scale.
-_SCALE = r"(?:[ \t*(]*(?:/|out[ \t]of)[ \t]*(\d+)|[ \t*(]+of[ \t]+(\d+)(?=[ \t]*(?:$|[.,;:)*]|points?\b)))?+"
+_SCALE = r"(?:[ \t*(]*(?:/|out[ \t]of)[ \t]*(\d+)|[ \t*(]+of[ \t]+(\d+)(?=[ \t]*(?:$|[-–—.,;:)*]|(?:points?|because|possible)\b)))"
 # A range is no score; a dash may begin the reason ("4 - 2 facts are missing").
-_RANGE = r"[ \t*]*(?:[-–—]|\bto\b)[ \t*]*\d+(?:\.\d+)?[ \t*.]*$"
+_RANGE = r"[-–—]\d|[ \t*]*(?:[-–—]|\bto\b)[ \t*]*\d+(?:\.\d+)?[ \t*]*(?:$|[.,;:(/]|(?:out|points?|stars?)\b)"
 _SCORE = re.compile(
-    rf"^[ \t*#]*(?:score|rating)\b[ \t*]*[:=][ \t*]*({_NUMBER}){_SCALE}(?![\d/%]|{_RANGE})[^\n]*$",
+    rf"^[ \t*#]*(?:score|rating)\b[ \t*]*[:=][ \t*]*({_NUMBER})(?:{_SCALE}(?![-–—]?\d)|(?![\d/%]|{_RANGE}|{_SCALE}))[^\n]*$",
     re.IGNORECASE | re.MULTILINE,
 )
 # What begins JSON, not a citation like [1] or a placeholder.
 _OBJECT = re.compile(r'\{\s*["}]')
 _OPENING = re.compile(r'\{\s*["}]|\[\s*[\[{"\]]')
-_BARE = re.compile(rf"^[ \t*]*({_NUMBER}){_SCALE}[ \t*.)]*$", re.IGNORECASE)
+_BARE = re.compile(rf"^[ \t*]*({_NUMBER})(?:{_SCALE})?[ \t*.)]*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
