@@ -484,7 +484,7 @@ def test_a_pipe_that_is_closed_is_no_error(arguments: list[str], tmp_path: Path)
 
 def test_a_searchs_table_shows_what_untying_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     paper = io.StringIO()
-    monkeypatch.setattr(preceptor, "console", Console(file=paper, width=120))
+    monkeypatch.setattr(preceptor, "console", Console(file=paper, width=80))
     row = {
         "name": "gptq-q4_0", "bytes": 92 * 10**6, "untied_bytes": 0, "block_bits_per_weight": 4.5, "kl": 0.28, "top1_agreement": 0.8,
         "exam": 0.25, "prompt_tokens_per_s": 800.0, "decode_tokens_per_s": 90.0,
@@ -492,7 +492,8 @@ def test_a_searchs_table_shows_what_untying_costs(monkeypatch: pytest.MonkeyPatc
     rotated = {**row, "name": "r1r2-gptq-q4_0", "bytes": 122 * 10**6, "untied_bytes": 30 * 10**6}
     preceptor._print_search(
         {
-            "candidates": [row, rotated],
+            "candidates": [row, rotated, {**row, "name": "llamacpp-q4_k_m-imatrix"}],
+            "asked": 24,
             "winner": "r1r2-gptq-q4_0",
             "reasons": [],
             "rotation": "",
@@ -500,6 +501,8 @@ def test_a_searchs_table_shows_what_untying_costs(monkeypatch: pytest.MonkeyPatc
         }
     )
     assert "  on text\n" in paper.getvalue()
+    assert "24 seed questions that training has not seen" in paper.getvalue()
+    assert "llamacpp-q4_k_m-imatrix" in paper.getvalue()
     plain, turned = (line.split() for line in paper.getvalue().splitlines() if "gptq-q4_0" in line)
     assert plain[:3] == ["gptq-q4_0", "92", "-"]
     assert turned[:4] == ["*", "r1r2-gptq-q4_0", "122", "30"]
