@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from typing import Self
 from domains.errors import DataError
 
 VERSION = 1
+_WAIT_S = 60.0  # for another process that writes
 _SCHEMA = """
 CREATE TABLE answers (
     key TEXT PRIMARY KEY, text TEXT NOT NULL, finish TEXT NOT NULL,
@@ -96,7 +98,7 @@ class Ledger:
         self._now = now or (lambda: datetime.now(UTC).isoformat(timespec="seconds"))
         with self._explained():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
+            self._db = sqlite3.connect(path, timeout=_WAIT_S, isolation_level=None)
         try:
             self._prepare()
         except BaseException:
@@ -105,7 +107,7 @@ class Ledger:
 
     def _prepare(self) -> None:
         with self._explained():
-            self._db.execute("PRAGMA journal_mode=WAL")
+            self._use_wal()
             self._db.execute("PRAGMA synchronous=FULL")
             problem = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
             if problem != "ok":
@@ -124,6 +126,18 @@ class Ledger:
             for statement in _SCHEMA.split(";"):
                 self._db.execute(statement)
             self._db.execute(f"PRAGMA user_version={VERSION}")
+
+    def _use_wal(self) -> None:
+        """SQLite's own waiting does not hold for this change: two processes that begin a ledger at once meet here."""
+        deadline = time.monotonic() + _WAIT_S
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
 
     def __enter__(self) -> Self:
         return self

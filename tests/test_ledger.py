@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sqlite3
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -298,6 +300,31 @@ def test_a_killed_process_loses_only_what_was_in_flight(tmp_path: Path, how: sig
     assert len(twice) <= 4
     assert len(twice) <= lost <= 4
     assert (lost_cost > 0) == (lost > 0)
+
+
+def _open(path: Path, together: Any, said: Any) -> None:
+    together.wait()
+    try:
+        with Ledger(path):
+            said.put("")
+    except DataError as error:
+        said.put(str(error))
+
+
+def test_processes_that_begin_a_ledger_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    forks = multiprocessing.get_context("fork")
+    for number in range(30):
+        together, said = forks.Barrier(4), forks.Queue()
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        openers = [
+            forks.Process(target=_open, args=(folder / "ledger.sqlite", together, said)) for _ in range(4)
+        ]
+        for opener in openers:
+            opener.start()
+        assert [said.get(timeout=60) for _ in openers] == [""] * 4
+        for opener in openers:
+            opener.join()
 
 
 def test_two_processes_share_a_ledger_and_pay_once(tmp_path: Path) -> None:
