@@ -233,7 +233,7 @@ def _stage(
     else:
         _print_outcome(outcome)
         if found := outcome.entry.facts.get("search"):
-            _print_search(found)
+            _print_search(found, told=not outcome.skipped)
 
 
 @app.command(epilog="Example: `preceptor index medical`")
@@ -599,7 +599,8 @@ def _print_outcome(outcome: Outcome) -> None:
     console.print(f"[green]✓[/] {outcome.stage} ({took}): {counts}", highlight=False)
 
 
-def _print_search(found: dict[str, Any]) -> None:
+def _print_search(found: dict[str, Any], *, told: bool = False) -> None:
+    """``told``: the reasons were said while it searched."""
     from rich import box
     from rich.table import Table
 
@@ -621,7 +622,7 @@ def _print_search(found: dict[str, Any]) -> None:
             f"{row['decode_tokens_per_s']:.0f}",
         )
     console.print(table)
-    for reason in found["reasons"]:
+    for reason in () if told else found["reasons"]:
         console.print(f"  {escape(reason)}", highlight=False, soft_wrap=True)
     if found.get("asked"):
         said = f"  exam: {found['asked']} seed questions that training has not seen"

@@ -158,7 +158,13 @@ def _held_out(domain: Domain, run: Run, examples: Sequence[Example]) -> HeldOut:
     unseen, caveat = unseen_passages(passages, questions, examples)
     if not items:
         caveat = "; ".join(
-            filter(None, [caveat, "no exam: training has seen every seed question that has an answer"])
+            filter(
+                None,
+                [
+                    caveat,
+                    "no exam: training has seen every seed question that has an answer, or there is none",
+                ],
+            )
         )
     return HeldOut(
         passages=unseen,

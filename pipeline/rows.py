@@ -240,14 +240,8 @@ class RowBuilder:
         """
         if self.by_rationale is not None:
             passages = self.by_rationale(rationale_query(item.question, item.rationale), self.top_k)
-            if (item.question.id, *(passage.passage_id for passage in passages)) in refused:
-                counts["rationale_missed"] += 1
-                return self._answer(item, item.passages, "gold")
-            if (
-                gold_quotes(item.question, passages)
-                or own_quotes(item.rationale, passages)
-                or _quoteless(item)
-            ):
+            quotes = gold_quotes(item.question, passages) or own_quotes(item.rationale, passages)
+            if (quotes or _quoteless(item)) and _prompt(item.question, passages) not in refused:
                 return self._answer(item, passages, "rationale")
             counts["rationale_missed"] += 1
         return self._answer(item, item.passages, "gold")
@@ -271,7 +265,7 @@ class RowBuilder:
                 continue
             seen.add(question.id)
             others = distractors(question, self.retrieve, top_k=self.top_k)
-            if others and (question.id, *(passage.passage_id for passage in others)) not in answered:
+            if others and _prompt(question, others) not in answered:
                 request = item.rationale.request
                 rows.append(self._abstention(question, others, "irrelevant", request=request))
         return rows
@@ -283,9 +277,8 @@ class RowBuilder:
         completion = target(
             item.question, item.rationale, passages, rationale_in_target=self.rationale_in_target
         )
-        assert (
-            completion is not None
-        )  # checked before the rationale was kept, or a quote was found, or none is needed
+        # Checked before the rationale was kept, or a quote was found, or none is needed.
+        assert completion is not None
         return self._row(item.question, passages, completion, origin, item.rationale.request)
 
     def _abstention(
@@ -317,6 +310,10 @@ def _answers(item: Kept, passages: Sequence[Passage]) -> bool:
     if item.question.gold:
         return bool(gold_quotes(item.question, passages))
     return bool(own_quotes(item.rationale, passages))
+
+
+def _prompt(question: Question, passages: Sequence[Passage]) -> tuple[str, ...]:
+    return (question.id, *(passage.passage_id for passage in passages))
 
 
 def _shown(row: Example) -> tuple[str, ...]:

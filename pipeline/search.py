@@ -122,6 +122,8 @@ def search(work: Work, held_out: HeldOut, progress: Progress) -> tuple[Choice, l
         if each is not choice.winner:
             each.path.unlink()
     progress.say(f"served as {choice.winner.candidate.name}")
+    for reason in choice.reasons:
+        progress.say(f"not {reason}")
     if choice.rotation:
         progress.say(choice.rotation)
     return choice, found

@@ -103,7 +103,7 @@ def parse_option(answer: str, options: dict[str, str]) -> str | None:
     """
     texts = {key: _plain(text) for key, text in options.items()}
     if (match := _LETTER.match(answer)) and not _is_text(answer, match, texts):
-        letter = (match[1] or match[2]).upper()
+        letter = _letter(match)
         return letter if letter in options and not _lists(answer, match, texts) else None
     # Of texts that begin at the same place the first in the pattern is taken: the longest.
     known = sorted((re.escape(text) for text in texts.values() if text), key=len, reverse=True)
@@ -125,14 +125,18 @@ def _plain(text: str) -> str:
     return squash(text).casefold().strip(" .")
 
 
+def _letter(match: re.Match[str]) -> str:
+    return (match[1] or match[2]).upper()
+
+
 def _behind(answer: str, match: re.Match[str]) -> str:
     return answer[match.end() :].lstrip(" .):,*_\n")
 
 
 def _says_own(answer: str, match: re.Match[str], texts: dict[str, str]) -> bool:
     """Whether the letter's own text stands behind it."""
-    own = texts.get((match[1] or match[2]).upper())
-    return bool(own) and _begins(squash(_behind(answer, match)).casefold(), own or "")
+    own = texts.get(_letter(match), "")
+    return own != "" and _begins(squash(_behind(answer, match)).casefold(), own)
 
 
 def _begins(said: str, text: str) -> bool:
@@ -144,7 +148,7 @@ def _lists(answer: str, match: re.Match[str], texts: dict[str, str]) -> bool:
     second = _SECOND.match(answer, match.end())
     if second is None or _says_own(answer, match, texts):
         return False
-    return (second[1] or second[2]).upper() in texts.keys() - {(match[1] or match[2]).upper()}
+    return _letter(second) in texts.keys() - {_letter(match)}
 
 
 def _is_text(answer: str, match: re.Match[str], texts: dict[str, str]) -> bool:

@@ -295,10 +295,6 @@ def test_a_search_serves_what_is_near_enough_and_says_why(world: tuple[Path, Pat
     assert read_manifest(run.bundle).ready
 
 
-def held_out_rows(run: Run) -> list[Example]:
-    return read_jsonl(run.examples, Example)[:1]
-
-
 @pytest.mark.parametrize(("backend", "opened"), [("none", None), ("text", "text"), ("grader", None)])
 def test_files_are_scored_on_fresh_questions_in_the_form_that_was_trained(
     world: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, backend: str, opened: str | None
@@ -318,11 +314,8 @@ def test_files_are_scored_on_fresh_questions_in_the_form_that_was_trained(
     assert len(held_out.score(run.bundle / "student.gguf")) == 1
     assert asked == [(["fresh"], opened)]
     assert held_out.asked == 1
-    rows = [
-        row.model_copy(update={"question_id": name})
-        for name in ("seed", "fresh")
-        for row in held_out_rows(run)
-    ]
+    row = read_jsonl(run.examples, Example)[0]
+    rows = [row.model_copy(update={"question_id": name}) for name in ("seed", "fresh")]
     none = export._held_out(domain, run, rows)
     assert (none.score, none.asked) == (None, 0)
     assert "no exam: training has seen every seed question" in none.caveat

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import sqlite3
@@ -11,8 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from threading import Barrier
 
 import pytest
 
@@ -302,29 +302,15 @@ def test_a_killed_process_loses_only_what_was_in_flight(tmp_path: Path, how: sig
     assert (lost_cost > 0) == (lost > 0)
 
 
-def _open(path: Path, together: Any, said: Any) -> None:
-    together.wait()
-    try:
-        with Ledger(path):
-            said.put("")
-    except DataError as error:
-        said.put(str(error))
+def test_those_that_begin_a_ledger_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    def begin(path: Path, together: Barrier) -> None:
+        together.wait()
+        Ledger(path).close()
 
-
-def test_processes_that_begin_a_ledger_at_once_wait_for_each_other(tmp_path: Path) -> None:
-    forks = multiprocessing.get_context("fork")
-    for number in range(30):
-        together, said = forks.Barrier(4), forks.Queue()
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        openers = [
-            forks.Process(target=_open, args=(folder / "ledger.sqlite", together, said)) for _ in range(4)
-        ]
-        for opener in openers:
-            opener.start()
-        assert [said.get(timeout=60) for _ in openers] == [""] * 4
-        for opener in openers:
-            opener.join()
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(60):
+            path, together = tmp_path / str(number) / "ledger.sqlite", Barrier(4)
+            assert list(pool.map(begin, [path] * 4, [together] * 4)) == [None] * 4
 
 
 def test_two_processes_share_a_ledger_and_pay_once(tmp_path: Path) -> None:

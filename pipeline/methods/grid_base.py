@@ -154,9 +154,10 @@ def check_trained(packed: Mapping[str, Packed], weight_of: Callable[[str], torch
     """
     for name, matrix in packed.items():
         weight = weight_of(name).detach()
-        if not torch.equal(read_back(matrix, weight.shape[1]).to(weight), weight):
+        other = int((read_back(matrix, weight.shape[1]).to(weight) != weight).sum())
+        if other:
             raise ParityError(
-                f"{name}: training multiplied with other numbers than its blocks decode to",
+                f"{name}: training multiplied with other numbers than its blocks decode to, {other:,} of {weight.numel():,}",
                 expected="equal bits: the blocks are what is served",
                 next_step="nothing new was kept; report it, and train by another [train] method",
             )
